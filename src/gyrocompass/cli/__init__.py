@@ -1,0 +1,1 @@
+"""The command `gyro`: verbs that import what they need when they are called."""

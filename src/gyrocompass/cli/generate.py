@@ -1,0 +1,44 @@
+"""`gyro generate`: completions of prompts, each token with its log-probability."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import torch
+from rich.console import Console
+
+from gyrocompass.cli.model import model_folder
+from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.model.generate import generate as complete
+from gyrocompass.recipe.stages.model import open_model
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Print each completion with its mean log-probability, or JSON with every token's."""
+    folder = model_folder(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    completions = complete(
+        open_model(folder, dtype=None, device=device),
+        load_tokenizer(folder),
+        options.prompt,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if options.json:
+        print(json.dumps([completion._asdict() for completion in completions], indent=2))
+        return 0
+    console = Console(highlight=False, markup=False)
+    for completion in completions:
+        console.print(completion.prompt, style="dim")
+        console.print(completion.text)
+        n_tokens = len(completion.logprobs)
+        mean = sum(completion.logprobs) / n_tokens if n_tokens else math.nan
+        console.print(
+            f"-- {n_tokens} tokens, {mean:.3f} nats per token, ended by {completion.finish}\n", style="dim"
+        )
+    return 0

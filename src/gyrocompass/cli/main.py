@@ -1,0 +1,217 @@
+"""The command line: verbs, their options, and how errors reach the user.
+
+Nothing heavy is imported before a verb is chosen, so that `gyro --help` answers at once. Exit codes: 0 done,
+1 failed (or interrupted), 2 the user's input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gyrocompass import __version__
+from gyrocompass.core.errors import BadInput, GyroError
+
+DESCRIPTION = "A language model's whole life on one signal: the log-probability of each token."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    # How long an idle thread of torch spins before it sleeps: decision 0008. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    options = parser().parse_args(arguments)
+    if options.verb is None:
+        parser().print_help()
+        return BadInput.exit_code
+    try:
+        verb: Callable[[argparse.Namespace], int] = _load(options.verb)
+        return verb(options)
+    except GyroError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _load(verb: str) -> Callable[[argparse.Namespace], int]:
+    """The function behind a verb, importing its module only now."""
+    from importlib import import_module
+
+    module = import_module(f"gyrocompass.cli.{_MODULES.get(verb, verb)}")
+    function: Callable[[argparse.Namespace], int] = getattr(module, verb)
+    return function
+
+
+_MODULES = {"demo": "run", "train": "run", "report": "run"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every verb with its options."""
+    gyro = argparse.ArgumentParser(prog="gyro", description=DESCRIPTION)
+    gyro.add_argument("--version", action="version", version=f"gyro {__version__}")
+    verbs = gyro.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    _add_demo(verbs)
+    _add_run(verbs)
+    _add_train(verbs)
+    _add_score(verbs)
+    _add_generate(verbs)
+    _add_verify(verbs)
+    _add_lineage(verbs)
+    _add_report(verbs)
+    _add_doctor(verbs)
+    return gyro
+
+
+_Verbs = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def _add(verbs: _Verbs[argparse.ArgumentParser], name: str, sentence: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".")
+
+
+def _add_demo(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "demo", "make a small code assistant from the standard library, start to finish")
+    verb.add_argument(
+        "--small", action="store_true", help="the same stages in about a minute, learning little"
+    )
+    _run_options(verb)
+
+
+def _add_run(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "run", "run a recipe, stage by stage; finished stages are reused")
+    verb.add_argument("recipe", help="a YAML file, or the name of a built-in recipe (stdlib)")
+    _variant_option(verb)
+    _run_options(verb)
+
+
+def _add_train(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "train", "train a model in Hugging Face format on files, scored before and after")
+    verb.add_argument("model", type=Path, help="a folder with config.json, safetensors and a tokenizer")
+    verb.add_argument(
+        "data", type=Path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
+    )
+    verb.add_argument("--out", type=Path, help="also write the trained model here, in Hugging Face format")
+    _run_options(verb)
+
+
+def _add_score(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "score", "print the log-probability of texts under a model, per slice")
+    verb.add_argument("model", help="a model folder, or an artifact id")
+    verb.add_argument(
+        "data", type=Path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
+    )
+    verb.add_argument("--tokens", action="store_true", help="print every token with its log-probability too")
+    verb.add_argument(
+        "--length", type=_at_least(2), help="tokens looked back at (default: the context, at most 1024)"
+    )
+    verb.add_argument("--precision", choices=("float64", "float32", "bf16"), default="float32")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _store_options(verb)
+
+
+def _add_generate(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "generate", "complete prompts, with the log-probability of each token")
+    verb.add_argument("model", help="a model folder, or an artifact id")
+    verb.add_argument("prompt", nargs="+")
+    verb.add_argument("--chat", action="store_true", help="put each prompt as a user's turn")
+    verb.add_argument("--max-new-tokens", type=_at_least(1), default=128)
+    verb.add_argument("--temperature", type=_number(0.0), default=0.0, help="0 is greedy (default)")
+    verb.add_argument("--top-p", type=_number(0.0, 1.0, above=True), default=1.0)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--json", action="store_true", help="print JSON with tokens and log-probabilities")
+    _store_options(verb)
+
+
+def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "verify", "prove a recipe on its own first batches before its first hour")
+    verb.add_argument("recipe", help="a YAML file, or the name of a built-in recipe (stdlib)")
+    _variant_option(verb)
+    _set_option(verb)
+    _store_options(verb)
+
+
+def _add_lineage(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "lineage", "walk from an artifact to its documents, or from a document to what saw it")
+    verb.add_argument(
+        "id", help="an artifact or document id (a unique beginning will do), or a document's path"
+    )
+    _store_options(verb)
+
+
+def _add_report(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "report", "print the table of a finished run and write its HTML report again")
+    verb.add_argument("recipe", nargs="?", help="the run of this recipe; the newest run where not given")
+    _store_options(verb)
+
+
+def _add_doctor(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "doctor", "say what works on this machine, what does not, and what to do about it")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _store_options(verb)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return int(text)
+
+    return whole_number
+
+
+def _number(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """A finite number from `least` (or `above` it) to `most`."""
+    span = f"{'above' if above else 'from'} {least:g}" + (f" to {most:g}" if most < math.inf else " up")
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {span}")
+        return value
+
+    return number
+
+
+def _run_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--dry-run", action="store_true", help="show the stages and which are cached, and stop")
+    _set_option(verb)
+    _store_options(verb)
+
+
+def _variant_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--variant", help="one of the recipe's own named sets of overrides, such as small")
+
+
+def _set_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override one value of the recipe (repeatable), such as stages.pretrained.steps=50",
+    )
+
+
+def _store_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--store",
+        type=Path,
+        default=Path(os.environ.get("GYRO_STORE", "gyro-store")),
+        help="where artifacts live (default: $GYRO_STORE, or ./gyro-store)",
+    )
+    verb.add_argument(
+        "--store-url",
+        default=os.environ.get("GYRO_STORE_URL"),
+        help="database of the store, postgresql://... (default: $GYRO_STORE_URL, or SQLite in the store)",
+    )

@@ -1,0 +1,60 @@
+"""`gyro demo`, `run`, `train` and `report`: recipes, built in, written by the user or put together here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from rich.console import Console
+
+from gyrocompass.core.store import Store
+from gyrocompass.recipe.finetune import check_free, export_model, finetune_recipe
+from gyrocompass.recipe.recipe import Recipe, load_recipe
+from gyrocompass.recipe.run import read_run, run_recipe, show, show_plan
+
+
+def demo(options: argparse.Namespace) -> int:
+    """The built-in recipe `stdlib`."""
+    return _run(load_recipe("stdlib", options.set, "small" if options.small else None), options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Any recipe."""
+    return _run(load_recipe(options.recipe, options.set, options.variant), options)
+
+
+def train(options: argparse.Namespace) -> int:
+    """A recipe around one training stage."""
+    if options.out:
+        check_free(options.out)
+    status = _run(finetune_recipe(options.model, options.data, options.set), options)
+    if options.out and not options.dry_run and _is_first_rank():
+        export_model(_store(options), options.out)
+        Console(stderr=True).print(f"model written to {options.out}", highlight=False, soft_wrap=True)
+    return status
+
+
+def report(options: argparse.Namespace) -> int:
+    """The last run's table and HTML again."""
+    store = _store(options)
+    show(read_run(store, options.recipe), store, Console())
+    return 0
+
+
+def _run(recipe: Recipe, options: argparse.Namespace) -> int:
+    store = _store(options)
+    if options.dry_run:
+        if _is_first_rank():
+            show_plan(recipe, store, Console())
+    else:
+        run_recipe(recipe, store, Console())
+    return 0
+
+
+def _is_first_rank() -> bool:
+    """Whether this process writes and talks: under `torchrun`, one of several does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _store(options: argparse.Namespace) -> Store:
+    return Store(options.store, options.store_url)

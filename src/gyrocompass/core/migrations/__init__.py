@@ -1,0 +1,1 @@
+"""Alembic's migrations of the store's schema; `database.py` runs them when a store is opened."""

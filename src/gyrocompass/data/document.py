@@ -1,0 +1,289 @@
+"""The document: one piece of text, conversation or prompt with its completion, and where it came from.
+
+    reader --> Document | Quarantined | Skipped --write_records--> Parquet
+
+A document's identity is computed from its content: `content_hash` covers what is learned from, `id` adds
+source and path, so that two copies of a file are two documents with one hash. A record that cannot be used
+becomes `Quarantined` with its file, line and reason; one that is left out by rule (an empty file, a limit)
+becomes `Skipped`. Nothing is dropped without one of the two.
+
+Left out on purpose: free-form metadata. What a later step needs is a field with a type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gyrocompass.core.errors import BadInput
+
+Kind = Literal["text", "chat", "completion"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+DOCUMENTS = "documents.parquet"
+QUARANTINED = "quarantined.parquet"
+
+EXCERPT_LENGTH = 160
+"""Characters of a quarantined record that are kept."""
+
+_ROW_GROUP_BYTES = 8 * 2**20
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document. Which content fields are filled depends on `kind`.
+
+    Args:
+        kind: "text" (`text`), "chat" (`messages`) or "completion" (`prompt`, and `text` as what follows it).
+        path: the file, with the record's line or name after it: `notes/a.md`, `chats.jsonl:12`.
+        source: the name of the collection it belongs to.
+        slice: the part of the data that numbers are reported for.
+        licence: SPDX identifier, or None where it is not known.
+        language: "python", "en", ..., or None where it is not known.
+        origin_ids: the documents it was derived from.
+        weight: multiplies the weight of each of its tokens; above 0.
+        group: documents of one group stay on one side of a split; None means the group of its own content.
+
+    >>> document = Document(kind="text", text="x = 1", path="a.py", source="files", slice="code")
+    >>> document.id, document.n_bytes
+    ('bbb6f23634801d55', 5)
+    """
+
+    kind: Kind
+    path: str
+    source: str
+    slice: str
+    text: str = ""
+    prompt: str = ""
+    messages: tuple[Message, ...] = ()
+    licence: str | None = None
+    language: str | None = None
+    origin_ids: tuple[str, ...] = ()
+    weight: float = 1.0
+    group: str | None = None
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 (64 hex digits) of the content: of the text itself, or of canonical JSON for other kinds."""
+        match self.kind:
+            case "text":
+                content = self.text
+            case "completion":
+                content = json.dumps([self.prompt, self.text], ensure_ascii=False)
+            case "chat":
+                content = json.dumps(self.messages, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits of sha256 over source, path and content hash."""
+        identity = json.dumps([self.source, self.path, self.content_hash], ensure_ascii=False)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All it says, part by part: what a tokenizer is trained on."""
+        match self.kind:
+            case "text":
+                return (self.text,)
+            case "completion":
+                return (self.prompt, self.text)
+            case "chat":
+                return tuple(message.content for message in self.messages)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the content; roles and template text are not counted."""
+        return sum(len(text.encode()) for text in self.texts)
+
+    @property
+    def split_key(self) -> str:
+        """What decides its side of a split: its group, else its content hash."""
+        return self.group or self.content_hash
+
+
+class Quarantined(NamedTuple):
+    """A record that cannot be used."""
+
+    path: str
+    line: int | None
+    """Counted from 1; None where the format has no lines."""
+    reason: str
+    excerpt: str = ""
+    """The start of what was read."""
+    source: str = ""
+    document_id: str | None = None
+    """Where it had already become a document."""
+
+
+class Skipped(NamedTuple):
+    """A file or record that is well formed and was left out by rule."""
+
+    path: str
+    reason: str
+    source: str = ""
+
+
+Record = Document | Quarantined | Skipped
+
+
+@dataclass
+class Tally:
+    """What a stream of records held: additive counts, for manifests and reports."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    """Documents by slice."""
+    bytes: Counter[str] = field(default_factory=Counter)
+    """UTF-8 bytes by slice."""
+    quarantined: Counter[str] = field(default_factory=Counter)
+    """Quarantined records by source."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Skipped records by reason."""
+
+    def add(self, record: Record) -> None:
+        """Count one record."""
+        match record:
+            case Document():
+                self.documents[record.slice] += 1
+                self.bytes[record.slice] += record.n_bytes
+            case Quarantined():
+                self.quarantined[record.source] += 1
+            case Skipped():
+                self.skipped[record.reason] += 1
+
+
+DOCUMENT_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("kind", pa.string()),
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("slice", pa.string()),
+        ("text", pa.string()),
+        ("prompt", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("licence", pa.string()),
+        ("language", pa.string()),
+        ("origin_ids", pa.list_(pa.string())),
+        ("weight", pa.float64()),
+        ("group", pa.string()),
+        ("content_hash", pa.string()),
+    ]
+)
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("excerpt", pa.string()),
+        ("source", pa.string()),
+        ("document_id", pa.string()),
+    ]
+)
+
+
+def write_records(folder: Path, records: Iterable[Record]) -> Tally:
+    """Write a stream of records: documents to `documents.parquet`, quarantined ones to `quarantined.parquet`.
+
+    Both files are written whatever the stream holds; memory stays at one row group.
+
+    Args:
+        folder: an existing folder.
+        records: what a reader yields; an error that it raises passes through.
+
+    Returns:
+        The counts. Skipped records are counted and not written.
+    """
+    tally = Tally()
+    rows: dict[str, list[dict[str, Any]]] = {DOCUMENTS: [], QUARANTINED: []}
+    schemas = {DOCUMENTS: DOCUMENT_SCHEMA, QUARANTINED: QUARANTINE_SCHEMA}
+    buffered_bytes = 0
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(pq.ParquetWriter(folder / name, schema, compression="zstd"))
+            for name, schema in schemas.items()
+        }
+
+        def flush() -> None:
+            for name, buffered in rows.items():
+                if buffered:
+                    writers[name].write_table(pa.Table.from_pylist(buffered, schemas[name]))
+                    buffered.clear()
+
+        for record in records:
+            tally.add(record)
+            if isinstance(record, Document):
+                rows[DOCUMENTS].append(_document_row(record))
+                buffered_bytes += record.n_bytes
+            elif isinstance(record, Quarantined):
+                rows[QUARANTINED].append(record._asdict())
+                buffered_bytes += len(record.excerpt)
+            if buffered_bytes >= _ROW_GROUP_BYTES:
+                flush()
+                buffered_bytes = 0
+        flush()
+    return tally
+
+
+def write_documents(folder: Path, documents: Iterable[Document]) -> Tally:
+    """Write documents alone; see `write_records`."""
+    return write_records(folder, documents)
+
+
+def read_documents(folder: Path) -> Iterator[Document]:
+    """The documents that `write_records` wrote, in their order, streamed.
+
+    Raises:
+        BadInput: the folder holds no documents.
+    """
+    for row in _rows(folder, DOCUMENTS):
+        row["messages"] = tuple(Message(**message) for message in row["messages"])
+        row["origin_ids"] = tuple(row["origin_ids"])
+        del row["id"], row["content_hash"]
+        yield Document(**row)
+
+
+def read_quarantined(folder: Path) -> Iterator[Quarantined]:
+    """The quarantined records that `write_records` wrote.
+
+    Raises:
+        BadInput: the folder holds no documents.
+    """
+    for row in _rows(folder, QUARANTINED):
+        yield Quarantined(**row)
+
+
+def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    path = folder / name
+    if not path.is_file():
+        raise BadInput(
+            f"no {name} here: not a folder of documents",
+            where=folder,
+            fix="give the folder of a documents stage",
+        )
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _document_row(document: Document) -> dict[str, Any]:
+    row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
+    return row | {"messages": [message._asdict() for message in document.messages]}

@@ -1,0 +1,225 @@
+"""The sampler: which pieces are read when, in what mixture of slices, from a position that can be saved.
+
+    TokenDataset --Sampler--> Packed, Packed, ...      one window (all micro-batches of one step) at a time
+
+Each slice has its own endless order of pieces: one permutation after the other. The next piece comes from the
+slice that has had the least for its share, the smallest drawn_tokens / weight (stride scheduling, Waldspurger
+and Weihl 1995), so that the drawn mixture is never further from the weights than a piece. Without given
+weights a slice weighs its own tokens; then all slices reach the end of their permutations together and an
+epoch holds each piece exactly once. With given weights an epoch is as many tokens, of whatever slices.
+
+Pieces are drawn in blocks, packed block by block, and the rows of a block are shuffled: packing sorts by
+length, and a step should not hold long documents alone.
+
+All of it is a function of dataset, config and the number of rows given: the state is a few integers, the
+windows are the same whatever rank or micro-batch reads them, and a restored sampler goes on with the same
+rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from gyrocompass.core.config import Config, canonical_json
+from gyrocompass.core.errors import BadInput, did_you_mean
+from gyrocompass.data.pack import Int64Array, Packed, assemble, cut, pack
+from gyrocompass.data.tokens import TokenDataset
+
+BLOCK_ROWS = 256
+"""Rows packed together, at least; enough for best-fit to fill them."""
+
+
+class SamplerConfig(Config):
+    """What decides the order of the data.
+
+    Args:
+        length: tokens in a row.
+        rows_per_step: rows in a window.
+        slice_weights: the share of input tokens that each slice gets, up to a common factor; 0 leaves a slice
+            out. Every slice of the data is named. None: each slice by its size.
+        epochs: how often the data is read; None: without end.
+        seed: of the permutations.
+    """
+
+    length: PositiveInt
+    rows_per_step: PositiveInt
+    slice_weights: dict[str, NonNegativeFloat] | None = None
+    epochs: PositiveInt | None = 1
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """How far each slice's order has been read when a block begins."""
+
+    block: int
+    pieces_S: tuple[int, ...]
+    tokens_S: tuple[int, ...]
+
+
+class Sampler:
+    """Windows of packed rows, in an order that depends on nothing but dataset, config and position.
+
+    Iterating gives windows of `rows_per_step` rows; the last one may be shorter.
+
+    Args:
+        dataset: the tokens.
+        config: see `SamplerConfig`.
+
+    Raises:
+        BadInput: nothing in the dataset is counted, or slice weights do not fit the dataset's slices.
+    """
+
+    def __init__(self, dataset: TokenDataset, config: SamplerConfig) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.pieces = cut(dataset, config.length)
+        if self.pieces.n_pieces == 0:
+            raise BadInput("the dataset has no token that counts", fix="check its sources and its masks")
+        slice_P = dataset.slice_D[self.pieces.document_P]
+        n_slices = len(dataset.slice_names)
+        self._pieces_by_slice = [np.flatnonzero(slice_P == index) for index in range(n_slices)]
+        self._tokens_S = np.bincount(slice_P, self.pieces.length_P, n_slices).astype(np.int64)
+        self._weight_S = _slice_weights(config.slice_weights, dataset.slice_names, self._tokens_S)
+        self.tokens_per_epoch = int(self._tokens_S[self._weight_S > 0].sum())
+        self._orders: dict[int, tuple[int, Int64Array]] = {}
+        self._begin(_Drawn(0, (0,) * n_slices, (0,) * n_slices), 0)
+
+    def __iter__(self) -> Iterator[Packed]:
+        return self
+
+    def __next__(self) -> Packed:
+        rows: list[list[int]] = []
+        while len(rows) < self.config.rows_per_step:
+            if self._row == len(self._rows):
+                if self._is_over(self._after):
+                    break
+                self._begin(self._after, 0)
+            taken = self._rows[self._row : self._row + self.config.rows_per_step - len(rows)]
+            rows += taken
+            self._row += len(taken)
+        if not rows:
+            raise StopIteration
+        return assemble(self.dataset, self.pieces, rows, self.config.length)
+
+    def windows(self) -> int | None:
+        """How many windows there are from the start to the end; None without an end.
+
+        Every block is drawn and packed to know it: about two seconds for a million pieces.
+        """
+        if self.config.epochs is None:
+            return None
+        counter = Sampler(self.dataset, self.config)
+        rows = len(counter._rows)
+        while not counter._is_over(counter._after):
+            counter._begin(counter._after, 0)
+            rows += len(counter._rows)
+        return -(-rows // self.config.rows_per_step)
+
+    def drawn_tokens(self) -> dict[str, int]:
+        """Input tokens drawn so far by slice, the whole of the current block included."""
+        return dict(zip(self.dataset.slice_names, self._after.tokens_S, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON; its size does not grow with the data."""
+        return {
+            "fingerprint": self._fingerprint(),
+            "block": self._before.block,
+            "pieces": list(self._before.pieces_S),
+            "tokens": list(self._before.tokens_S),
+            "row": self._row,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            BadInput: the state is of another dataset or another config.
+        """
+        if state["fingerprint"] != self._fingerprint():
+            raise BadInput(
+                "the saved data position belongs to other data or another sampler config",
+                fix="resume with the tokens and the sampler config it was saved with",
+            )
+        self._begin(_Drawn(state["block"], tuple(state["pieces"]), tuple(state["tokens"])), state["row"])
+
+    def _begin(self, drawn: _Drawn, row: int) -> None:
+        """Draw and pack the block that begins at `drawn`, and stand before its given row."""
+        piece_B, self._after = self._draw(drawn)
+        rows = pack(self.pieces.length_P[piece_B], self.config.length)
+        order = np.random.default_rng([self.config.seed, drawn.block, 1]).permutation(len(rows))
+        self._rows = [[int(piece_B[index]) for index in rows[place]] for place in order]
+        self._before, self._row = drawn, row
+
+    def _draw(self, drawn: _Drawn) -> tuple[Int64Array, _Drawn]:
+        """The pieces of the block that begins at `drawn`, and where the next one begins."""
+        pieces, tokens = list(drawn.pieces_S), list(drawn.tokens_S)
+        weights: list[float] = self._weight_S.tolist()
+        lengths = self.pieces.length_P
+        queue = [(tokens[s] / weights[s], s) for s in range(len(weights)) if weights[s] > 0]
+        heapq.heapify(queue)
+        left = max(BLOCK_ROWS, self.config.rows_per_step) * self.config.length
+        if self.config.epochs is not None:
+            left = min(left, self.config.epochs * self.tokens_per_epoch - sum(tokens))
+        block: list[int] = []
+        while left > 0:
+            s = queue[0][1]
+            piece = self._piece(s, pieces[s])
+            size = int(lengths[piece])
+            block.append(piece)
+            pieces[s] += 1
+            tokens[s] += size
+            left -= size
+            heapq.heapreplace(queue, (tokens[s] / weights[s], s))
+        return np.array(block, np.int64), _Drawn(drawn.block + 1, tuple(pieces), tuple(tokens))
+
+    def _piece(self, s: int, nth: int) -> int:
+        """The nth piece of a slice's endless order."""
+        own = self._pieces_by_slice[s]
+        epoch, place = divmod(nth, len(own))
+        if self._orders.get(s, (-1,))[0] != epoch:
+            permutation = np.random.default_rng([self.config.seed, s, epoch, 2]).permutation(own)
+            self._orders[s] = (epoch, permutation)
+        return int(self._orders[s][1][place])
+
+    def _is_over(self, drawn: _Drawn) -> bool:
+        epochs = self.config.epochs
+        return epochs is not None and sum(drawn.tokens_S) >= epochs * self.tokens_per_epoch
+
+    def _fingerprint(self) -> str:
+        """A hash of all that the order depends on."""
+        digest = hashlib.sha256(canonical_json(self.config).encode())
+        digest.update(canonical_json([self.dataset.slice_names, self.dataset.document_ids]).encode())
+        for column in self.pieces:
+            digest.update(column.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _slice_weights(
+    given: Mapping[str, float] | None, names: tuple[str, ...], tokens_S: Int64Array
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """One weight per slice; a slice without a piece weighs nothing."""
+    if given is None:
+        return tokens_S.astype(np.float64)
+    for name in given:
+        if name not in names:
+            raise BadInput(f"slice_weights: the data has no slice {name}{did_you_mean(name, names)}")
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise BadInput(
+            f"slice_weights names no weight for {', '.join(missing)}", fix="give one; 0 leaves a slice out"
+        )
+    empty = [name for name, tokens in zip(names, tokens_S, strict=True) if given[name] > 0 and tokens == 0]
+    if empty:
+        raise BadInput(f"slice_weights: nothing in {', '.join(empty)} counts", fix="give it the weight 0")
+    weight_S = np.array([given[name] for name in names], np.float64)
+    if not weight_S.any():
+        raise BadInput("slice_weights are all 0", fix="give at least one slice a weight above 0")
+    return weight_S

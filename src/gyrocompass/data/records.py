@@ -1,0 +1,235 @@
+"""Records: one mapping (a line of JSON, a row of a table) becomes a document, or says why it cannot.
+
+    {"text": ...}                           text
+    {"messages": [{"role", "content"}]}     chat
+    {"prompt": ..., "completion": ...}      completion
+
+Optional beside them: slice, source, licence, language, weight, id, group. Other fields are ignored, without a
+count: a text with a URL or a score beside it is still a text. What is read is checked strictly, since a field
+of the wrong type or an empty text is more often a broken export than a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field, PositiveFloat
+
+from gyrocompass.core.config import Config
+from gyrocompass.data.document import EXCERPT_LENGTH, Document, Kind, Message, Quarantined
+
+ROLES = ("system", "user", "assistant", "tool")
+
+ContentField = Literal["text", "messages", "prompt", "completion"]
+
+RESERVED_SLICES = ("", "total")
+"""Names that no slice may have: every table has its own line `total`, and "" is "no slice"."""
+
+_LEAST_WEIGHT = float(np.finfo(np.float32).smallest_normal)
+_GREATEST_WEIGHT = float(np.finfo(np.float32).max)
+
+
+def _slice_fault(name: str) -> str | None:
+    """Why a slice cannot have this name; None where it can."""
+    if name in RESERVED_SLICES:
+        return f'slice is "{name}", a name that is kept for the sum of all slices; give it another'
+    return None
+
+
+def _weight_fault(weight: float) -> str | None:
+    """Why a weight cannot be used; None where it can. Tokens carry their weights in float32."""
+    if not (0 < weight < math.inf):
+        return "it must be finite and above 0"
+    if not (_LEAST_WEIGHT <= weight <= _GREATEST_WEIGHT):
+        return (
+            f"in float32 it must be from {_LEAST_WEIGHT:.4g} to {_GREATEST_WEIGHT:.4g}, "
+            "or it is lost as 0 or becomes infinite"
+        )
+    return None
+
+
+def _checked_slice(name: str | None) -> str | None:
+    fault = None if name is None else _slice_fault(name)
+    if fault:
+        raise ValueError(fault)
+    return name
+
+
+def _checked_weight(weight: float) -> float:
+    fault = _weight_fault(weight)
+    if fault:
+        raise ValueError(f"weight is {weight}; {fault}")
+    return weight
+
+
+class Labels(Config):
+    """What a source says about its documents, where a record does not say it itself."""
+
+    name: str | None = Field(default=None, min_length=1)
+    """The source's name; None: its path."""
+    slice: Annotated[str | None, AfterValidator(_checked_slice)] = None
+    """None: "code" for program files, "text", "chat" or "completion" by kind for all else. Not "total"."""
+    licence: str | None = None
+    """SPDX identifier."""
+    language: str | None = None
+    weight: Annotated[PositiveFloat, AfterValidator(_checked_weight)] = 1.0
+    """Multiplies the weight of every token; a normal number of float32."""
+
+
+class RecordOptions(Labels):
+    """How records are read."""
+
+    fields: dict[ContentField, str] = Field(default_factory=dict)
+    """Other names of the fields: `{text: content}` reads the text from `content`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record stands."""
+
+    path: str
+    line: int
+    source: str
+
+    def quarantined(self, reason: str, excerpt: object) -> Quarantined:
+        """The record as one that cannot be used."""
+        return Quarantined(self.path, self.line, reason, str(excerpt)[:EXCERPT_LENGTH], self.source)
+
+
+class _Malformed(Exception):  # noqa: N818
+    """The reason why a record cannot be used."""
+
+
+def read_record(raw: object, options: RecordOptions, place: Place) -> Document | Quarantined:
+    """One record as a document, or quarantined with its reason.
+
+    >>> place = Place("a.jsonl", 3, "a.jsonl")
+    >>> read_record({"text": "Hello."}, RecordOptions(), place).path
+    'a.jsonl:3'
+    >>> read_record({"txt": "Hello."}, RecordOptions(), place).reason
+    'none of text, messages, prompt + completion; fields: txt'
+    """
+    try:
+        if not isinstance(raw, Mapping):
+            raise _Malformed(f"not an object with fields but {_type_name(raw)}")
+        return _document(raw, options, place)
+    except _Malformed as reason:
+        return place.quarantined(str(reason), raw)
+
+
+def _document(raw: Mapping[str, Any], options: RecordOptions, place: Place) -> Document:
+    kind, content = _content(raw, options)
+    record_id = _optional(raw, "id", (str, int))
+    return Document(
+        kind=kind,
+        path=f"{place.path}:{place.line}" if record_id is None else f"{place.path}#{record_id}",
+        source=_optional(raw, "source", (str,)) or place.source,
+        slice=_slice(raw) or options.slice or kind,
+        licence=_optional(raw, "licence", (str,)) or options.licence,
+        language=_optional(raw, "language", (str,)) or options.language,
+        weight=_weight(raw, options),
+        group=_optional(raw, "group", (str, int)),
+        **content,
+    )
+
+
+def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict[str, Any]]:
+    """The kind of a record and the document's content fields."""
+    values: dict[ContentField, Any] = {}
+    names: tuple[ContentField, ...] = ("text", "messages", "prompt", "completion")
+    for name in names:
+        value = raw.get(options.fields.get(name, name))
+        if value is not None:
+            values[name] = value
+    match sorted(values):
+        case ["text"]:
+            return "text", {"text": _text(values["text"], "text")}
+        case ["messages"]:
+            return "chat", {"messages": _messages(values["messages"])}
+        case ["completion", "prompt"]:
+            prompt = _text(values["prompt"], "prompt", may_be_blank=True)
+            return "completion", {"prompt": prompt, "text": _text(values["completion"], "completion")}
+        case []:
+            fields = ", ".join(map(str, raw)) or "none"
+            raise _Malformed(f"none of text, messages, prompt + completion; fields: {fields}")
+        case ["prompt"] | ["completion"]:
+            raise _Malformed("prompt and completion belong together, and one is missing")
+        case found:
+            raise _Malformed(f"more than one content: {', '.join(found)}")
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _Malformed(f"messages is not a list of messages but {_type_name(value)}")
+    messages = tuple(_message(entry, index) for index, entry in enumerate(value))
+    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+        raise _Malformed("no assistant message that says something")
+    return messages
+
+
+def _message(entry: Any, index: int) -> Message:
+    where = f"messages[{index}]"
+    if not isinstance(entry, Mapping):
+        raise _Malformed(f"{where} is not an object but {_type_name(entry)}")
+    role = entry.get("role")
+    if role not in ROLES:
+        raise _Malformed(f"{where}.role is {role!r}; known: {', '.join(ROLES)}")
+    if entry.get("tool_calls"):
+        raise _Malformed(f"{where} calls tools, which is not read")
+    return Message(role, _text(entry.get("content"), f"{where}.content", may_be_blank=True))
+
+
+def _text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
+    if not isinstance(value, str):
+        raise _Malformed(f"{name} is not a text but {_type_name(value)}")
+    if not may_be_blank and not value.strip():
+        raise _Malformed(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Malformed(f"{name} holds half of a surrogate pair, which is not Unicode text") from None
+    return value
+
+
+def _optional(raw: Mapping[str, Any], name: str, types: tuple[type, ...]) -> str | None:
+    """An optional label as text; None where it is missing or null."""
+    value = raw.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise _Malformed(f"{name} is not a text but {_type_name(value)}")
+    return _text(str(value), name)
+
+
+def _slice(raw: Mapping[str, Any]) -> str | None:
+    name = _optional(raw, "slice", (str,))
+    fault = None if name is None else _slice_fault(name)
+    if fault:
+        raise _Malformed(fault)
+    return name
+
+
+def _weight(raw: Mapping[str, Any], options: RecordOptions) -> float:
+    value = raw.get("weight")
+    if value is None:
+        return options.weight
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Malformed(f"weight is not a number but {_type_name(value)}")
+    try:
+        weight = float(value) * options.weight
+    except OverflowError:
+        weight = math.inf
+    fault = _weight_fault(weight)
+    if fault:
+        times = "" if options.weight == 1 else f" times the source's {options.weight}"
+        raise _Malformed(f"weight is {value}{times}; {fault}")
+    return weight
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,353 @@
+"""Tokens on disk and in memory: sharded Parquet with one row per document, and the flat arrays it opens as.
+
+    Document --tokenise--> TokenRow --write_tokens--> tokens-00000.parquet, ...
+    tokens-*.parquet --TokenDataset.open--> id_N, byte_N, weight_N, offset_D, ...
+
+A row keeps the document's id, slice and source beside its tokens, so that every number that is later computed
+for a token can be added up by document, slice or source. It also keeps the document's group, the unit that a
+split draws: documents of one group are not independent, and intervals are clustered by it. Each token carries
+the bytes of text it stands for (bits per byte are exact sums) and its weight as a target (0: context alone,
+as a prompt is).
+
+The first token of a document is never a target: its weight is 0. The dataset is held in memory, 12 bytes per
+token; larger than memory is left out.
+
+Shape legend: N tokens of all documents, D documents, S slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gyrocompass.core.errors import BadInput
+from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined
+from gyrocompass.data.encode import encode
+from gyrocompass.data.tokenizer import parallel_tokenizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
+
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("document_id", pa.string()),
+        ("slice", pa.string()),
+        ("source", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("byte_counts", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
+        ("group", pa.string()),
+    ]
+)
+
+_ROW_GROUP_TOKENS = 2**20
+_SHARD_TOKENS = 2**26
+_BATCH_BYTES = 2**20
+
+
+class TokenRow(NamedTuple):
+    """One document as tokens."""
+
+    document_id: str
+    slice: str
+    source: str
+    ids: Sequence[int] | IntArray
+    byte_counts: Sequence[int] | IntArray
+    """Bytes of text that each token stands for; 0 for special tokens."""
+    weights: Sequence[float] | FloatArray
+    """The weight of each token as a target; the first is written as 0."""
+    group: str = ""
+    """What a split draws as one (the document's `split_key`); "": the document is a group of its own."""
+
+
+@dataclass
+class TokenCounts:
+    """What was written; additive."""
+
+    documents: int = 0
+    tokens: int = 0
+    targets: int = 0
+    bytes: int = 0
+
+
+def write_tokens(
+    folder: Path,
+    rows: Iterable[TokenRow],
+    *,
+    row_group_tokens: int = _ROW_GROUP_TOKENS,
+    shard_tokens: int = _SHARD_TOKENS,
+) -> TokenCounts:
+    """Write rows as `tokens-00000.parquet` and so on, one row group in memory at a time.
+
+    Args:
+        folder: an existing folder.
+        rows: the documents, in the order the dataset will keep.
+        row_group_tokens: tokens after which a row group is closed.
+        shard_tokens: tokens after which a new file is begun.
+    """
+    counts = TokenCounts()
+    writer: pq.ParquetWriter | None = None
+    shard, in_shard = 0, 0
+    for table, n_tokens in _tables(rows, counts, row_group_tokens):
+        if writer is None:
+            path = folder / f"tokens-{shard:05d}.parquet"
+            writer = pq.ParquetWriter(path, TOKEN_SCHEMA, compression="zstd")
+        writer.write_table(table)
+        in_shard += n_tokens
+        if in_shard >= shard_tokens:
+            writer.close()
+            writer, shard, in_shard = None, shard + 1, 0
+    if writer is not None:
+        writer.close()
+    elif shard == 0:
+        pq.write_table(TOKEN_SCHEMA.empty_table(), folder / "tokens-00000.parquet")
+    return counts
+
+
+class Tokenised(NamedTuple):
+    """What became of a stream of documents."""
+
+    counts: TokenCounts
+    quarantined: tuple[Quarantined, ...]
+
+
+def tokenise(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    on_progress: Callable[[int], object] = lambda n_bytes: None,
+) -> Tokenised:
+    """Encode documents and write them, batch by batch.
+
+    Args:
+        documents: of any kind; streamed.
+        tokenizer: any fast tokenizer.
+        folder: an existing folder; see `write_tokens`.
+        on_progress: called with the bytes of each batch of documents when it is encoded.
+
+    Returns:
+        What was written, and the documents in which nothing can be learned, each with its reason.
+    """
+    quarantined: list[Quarantined] = []
+
+    def rows() -> Iterator[TokenRow]:
+        for batch in _batches(documents):
+            for document, encoded in zip(batch, encode(batch, tokenizer), strict=True):
+                if isinstance(encoded, str):
+                    excerpt = next(filter(None, document.texts), "")[:EXCERPT_LENGTH]
+                    quarantined.append(
+                        Quarantined(document.path, None, encoded, excerpt, document.source, document.id)
+                    )
+                else:
+                    yield TokenRow(document.id, document.slice, document.source, *encoded, document.split_key)
+            on_progress(sum(document.n_bytes for document in batch))
+
+    with parallel_tokenizers():
+        counts = write_tokens(folder, rows())
+    return Tokenised(counts, tuple(quarantined))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Runs of documents of about a megabyte."""
+    batch: list[Document] = []
+    n_bytes = 0
+    for document in documents:
+        batch.append(document)
+        n_bytes += document.n_bytes
+        if n_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _tables(
+    rows: Iterable[TokenRow], counts: TokenCounts, row_group_tokens: int
+) -> Iterator[tuple[pa.Table, int]]:
+    """Row groups with their token counts; adds up `counts` on the way."""
+    buffered: list[TokenRow] = []
+    n_tokens = 0
+    for row in rows:
+        buffered.append(row)
+        n_tokens += len(row.ids)
+        if n_tokens >= row_group_tokens:
+            yield _table(buffered, counts), n_tokens
+            buffered, n_tokens = [], 0
+    if buffered:
+        yield _table(buffered, counts), n_tokens
+
+
+def _table(rows: Sequence[TokenRow], counts: TokenCounts) -> pa.Table:
+    dataset = TokenDataset.of(rows)
+    counts.documents += dataset.n_documents
+    counts.tokens += dataset.n_tokens
+    counts.targets += dataset.n_targets
+    counts.bytes += int(dataset.byte_N.sum())
+    offsets = pa.array(dataset.offset_D, pa.int32())
+    columns = [
+        pa.array([row.document_id for row in rows], pa.string()),
+        pa.array([row.slice for row in rows], pa.string()),
+        pa.array([row.source for row in rows], pa.string()),
+        *(
+            pa.ListArray.from_arrays(offsets, pa.array(values))
+            for values in (dataset.id_N, dataset.byte_N, dataset.weight_N)
+        ),
+        pa.array(dataset.groups, pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=TOKEN_SCHEMA)
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """The tokens of all documents, flat: document d's are `id_N[offset_D[d]:offset_D[d + 1]]`."""
+
+    id_N: IntArray
+    """int32: token ids."""
+    byte_N: IntArray
+    """int32: bytes of text each token stands for."""
+    weight_N: FloatArray
+    """float32, >= 0: weight as a target; 0 at the first token of each document."""
+    offset_D: IntArray
+    """int64, one more than there are documents."""
+    document_ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    """Each document's group; its id where it is a group of its own."""
+    slice_D: IntArray
+    """int32: index into `slice_names`."""
+    source_D: IntArray
+    """int32: index into `source_names`."""
+    slice_names: tuple[str, ...]
+    """Sorted."""
+    source_names: tuple[str, ...]
+    """Sorted."""
+
+    @classmethod
+    def of(cls, rows: Iterable[TokenRow]) -> TokenDataset:
+        """A dataset in memory, without a file.
+
+        >>> row = TokenRow("d0", "code", "files", [0, 5, 6, 0], [0, 1, 2, 0], [1, 1, 1, 1])
+        >>> dataset = TokenDataset.of([row])
+        >>> dataset.n_documents, dataset.n_tokens, dataset.n_targets
+        (1, 4, 3)
+        """
+        rows = list(rows)
+        return cls._build(
+            [_flat([row.ids for row in rows], np.int32)],
+            [_flat([row.byte_counts for row in rows], np.int32)],
+            [_flat([row.weights for row in rows], np.float32)],
+            [np.array([len(row.ids) for row in rows], np.int64)],
+            [row.document_id for row in rows],
+            [row.group for row in rows],
+            [row.slice for row in rows],
+            [row.source for row in rows],
+        )
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenDataset:
+        """Read what `write_tokens` wrote; files from before groups were kept have each document on its own.
+
+        Raises:
+            BadInput: the folder holds no `tokens-*.parquet`.
+        """
+        paths = sorted(folder.glob("tokens-*.parquet"))
+        if not paths:
+            raise BadInput("no tokens here", where=folder, fix="give the folder of a tokens stage")
+        tables = [pq.read_table(path, schema=TOKEN_SCHEMA) for path in paths]
+        chunks = [batch for table in tables for batch in table.to_batches()]
+        return cls._build(
+            [chunk["ids"].flatten().to_numpy() for chunk in chunks],
+            [chunk["byte_counts"].flatten().to_numpy() for chunk in chunks],
+            [chunk["weights"].flatten().to_numpy() for chunk in chunks],
+            [chunk["ids"].value_lengths().to_numpy().astype(np.int64) for chunk in chunks],
+            [name for chunk in chunks for name in chunk["document_id"].to_pylist()],
+            [name for chunk in chunks for name in chunk["group"].to_pylist()],
+            [name for chunk in chunks for name in chunk["slice"].to_pylist()],
+            [name for chunk in chunks for name in chunk["source"].to_pylist()],
+        )
+
+    @classmethod
+    def _build(
+        cls,
+        ids: list[IntArray],
+        byte_counts: list[IntArray],
+        weights: list[FloatArray],
+        lengths: list[IntArray],
+        document_ids: list[str],
+        groups: Sequence[str | None],
+        slices: list[str],
+        sources: list[str],
+    ) -> TokenDataset:
+        id_N = np.concatenate([np.empty(0, np.int32), *ids])
+        byte_N = np.concatenate([np.empty(0, np.int32), *byte_counts])
+        weight_N = np.concatenate([np.empty(0, np.float32), *weights])
+        length_D = np.concatenate([np.empty(0, np.int64), *lengths])
+        offset_D = np.concatenate([np.zeros(1, np.int64), np.cumsum(length_D)])
+        assert len(id_N) == len(byte_N) == len(weight_N) == offset_D[-1], "columns of unequal length"
+        assert np.all(length_D > 0), "a document without tokens"
+        assert np.all(np.isfinite(weight_N)) and np.all(weight_N >= 0), "weights are finite and not negative"
+        weight_N[offset_D[:-1]] = 0
+        slice_names, slice_D = _index(slices)
+        source_names, source_D = _index(sources)
+        return cls(
+            id_N,
+            byte_N,
+            weight_N,
+            offset_D,
+            tuple(document_ids),
+            tuple(group or own for group, own in zip(groups, document_ids, strict=True)),
+            slice_D,
+            source_D,
+            slice_names,
+            source_names,
+        )
+
+    @property
+    def n_documents(self) -> int:
+        """Documents."""
+        return len(self.document_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, context and special ones included."""
+        return len(self.id_N)
+
+    @cached_property
+    def n_targets(self) -> int:
+        """Tokens that are counted: those with a weight above 0."""
+        return int(np.count_nonzero(self.weight_N))
+
+    def tokens_by_slice(self) -> dict[str, int]:
+        """Tokens by slice name; they add up to `n_tokens`."""
+        return self._by_slice(np.ones(self.n_tokens, dtype=np.bool_))
+
+    def targets_by_slice(self) -> dict[str, int]:
+        """Counted tokens by slice name; they add up to `n_targets`."""
+        return self._by_slice(self.weight_N > 0)
+
+    def _by_slice(self, chosen_N: npt.NDArray[np.bool_]) -> dict[str, int]:
+        slice_N = np.repeat(self.slice_D, np.diff(self.offset_D))
+        counted_S = np.bincount(slice_N[chosen_N], minlength=len(self.slice_names))
+        return dict(zip(self.slice_names, counted_S.tolist(), strict=True))
+
+
+def _flat(parts: Sequence[Sequence[float] | IntArray | FloatArray], dtype: type[Any]) -> Any:
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in parts)])
+
+
+def _index(names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
+    """The sorted distinct names, and each entry's index among them."""
+    distinct = tuple(sorted(set(names)))
+    place = {name: index for index, name in enumerate(distinct)}
+    return distinct, np.array([place[name] for name in names], np.int32)

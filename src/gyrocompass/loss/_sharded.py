@@ -1,0 +1,130 @@
+"""A vocabulary cut over ranks: each holds some rows of the head, and all get the numbers of the whole.
+
+Each rank takes the sums over its own part; they are put together relative to the largest logit of all ranks:
+
+    top = max top_i      exp = sum exp_i e^{d_i}      exp_x = sum e^{d_i} (exp_x_i + d_i exp_i)
+    exp_sq = sum exp_sq_i e^{2 d_i}      d_i = top_i - top      (the rest are plain sums)
+
+dh is a sum over ranks; dw, dbias and db belong to the rank that holds their rows. Every rank gives the same
+hidden states and targets, and gets the same answers. Sums over ranks are float32 at least: a bf16 dh is a
+share rounded by each rank, and their sum rounded once more. In invariant mode they are taken in the order of
+the ranks, so that a number's bits do not depend on its place in what is communicated.
+
+Left out: supports (top-k, top-p), which need a row's logits side by side, and heads cut along the width.
+
+Shape legend: N rows, K tokens of a top list.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from gyrocompass.loss._question import Asks, Backend, Gradients, Logits, Needs, Picks, Slopes, SlopesOf, Sums
+
+
+class Sharded:
+    """A backend over this rank's part of the vocabulary, and what joins the parts."""
+
+    def __init__(self, backend: Backend, group: str, *, in_order: bool = False) -> None:
+        self.backend, self.name, self.in_order = backend, backend.name, in_order
+        self.group = _resolve_process_group(group)  # type: ignore[arg-type]
+
+    def refusal(self, logits: Logits) -> str | None:
+        """As the backend's."""
+        return self.backend.refusal(logits)
+
+    def total(self, share: Tensor) -> Tensor:
+        """The sum over ranks."""
+        wide = torch.promote_types(share.dtype, torch.float32) if share.is_floating_point() else share.dtype
+        total = share.to(wide, copy=True, memory_format=torch.contiguous_format)
+        if self.in_order:
+            first, *others = self._gathered(total)
+            return functools.reduce(torch.add, others, first).to(share.dtype)
+        dist.all_reduce(total, group=self.group)
+        return total.to(share.dtype)
+
+    def sums(self, logits: Logits, picks: Picks, asks: Asks) -> Sums:
+        """This rank's sums, joined with the others'."""
+        own = self.backend.sums(logits, picks, asks)
+        top_N = own.top_N.clone()
+        dist.all_reduce(top_N, dist.ReduceOp.MAX, group=self.group)
+        down_N = own.top_N - top_N
+        factor_N = down_N.exp()
+        exp_x_N = exp_sq_N = None
+        if own.exp_x_N is not None:
+            exp_x_N = factor_N * own.exp_x_N + torch.where(own.exp_N > 0, down_N * factor_N * own.exp_N, 0.0)
+        if own.exp_sq_N is not None:
+            exp_sq_N = own.exp_sq_N * factor_N.square()
+        top_NK, top_token_NK = self._largest(own, asks)
+        drawn_N, key_N = self._best_draw(own, asks)
+        return Sums(
+            top_N=top_N,
+            exp_N=self.total(own.exp_N * factor_N),
+            pick_P=self.total(own.pick_P),
+            exp_x_N=None if exp_x_N is None else self.total(exp_x_N),
+            exp_sq_N=None if exp_sq_N is None else self.total(exp_sq_N),
+            z_N=None if own.z_N is None else self.total(own.z_N),
+            count_N=None if own.count_N is None else self.total(own.count_N),
+            above_N=None if own.above_N is None else self.total(own.above_N),
+            top_NK=top_NK,
+            top_token_NK=top_token_NK,
+            drawn_N=drawn_N,
+            drawn_key_N=key_N,
+        )
+
+    def _gathered(self, part: Tensor) -> list[Tensor]:
+        """The ranks' tensors of one shape, in rank order."""
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return parts
+
+    def _largest(self, own: Sums, asks: Asks) -> tuple[Tensor | None, Tensor | None]:
+        """The top list of all ranks' top lists, with ids of the whole vocabulary."""
+        if own.top_NK is None or own.top_token_NK is None:
+            return None, None
+        # A part with fewer tokens than are asked for may answer a shorter list: all are made as long.
+        missing = (0, asks.top - own.top_NK.shape[1])
+        own_NK = torch.nn.functional.pad(own.top_NK, missing, value=-torch.inf)
+        own_token_NK = torch.nn.functional.pad(own.top_token_NK, missing) + asks.first_token
+        z_NJ = torch.cat(self._gathered(own_NK), dim=1)
+        token_NJ = torch.cat(self._gathered(own_token_NK), dim=1)
+        top_NK, place_NK = z_NJ.topk(asks.top, dim=1)
+        return top_NK, token_NJ.gather(1, place_NK)
+
+    def _best_draw(self, own: Sums, asks: Asks) -> tuple[Tensor | None, Tensor | None]:
+        """The draw with the largest key, with the id of the whole vocabulary."""
+        if own.drawn_key_N is None or own.drawn_N is None:
+            return None, None
+        key_N, rank_N = torch.stack(self._gathered(own.drawn_key_N)).max(dim=0)
+        drawn = torch.stack(self._gathered(own.drawn_N + asks.first_token))
+        return drawn.gather(0, rank_N[None])[0], key_N
+
+    def gradients(self, logits: Logits, picks: Picks, slopes: Slopes, needs: Needs) -> Gradients:
+        """The gradients of this rank's rows of the head; of hidden states, the sum over ranks."""
+        own = self.backend.gradients(logits, picks, slopes, needs)
+        return own._replace(
+            dh_ND=None if own.dh_ND is None else self.total(own.dh_ND),
+            da_NR=None if own.da_NR is None else self.total(own.da_NR),
+        )
+
+    def fused(
+        self, logits: Logits, picks: Picks, asks: Asks, slopes_of: SlopesOf, needs: Needs
+    ) -> tuple[Sums, Gradients]:
+        """Never asked for: `prefers_fused` says no."""
+        raise NotImplementedError
+
+    def prefers_fused(self, logits: Logits, needs: Needs) -> bool:
+        """No: every block would wait for all ranks."""
+        return False
+
+
+def on_any_rank(flag: bool, group: str, device: torch.device) -> bool:
+    """Whether the flag is up on some rank of the group."""
+    raised = torch.tensor(int(flag), device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX, group=_resolve_process_group(group))  # type: ignore[arg-type]
+    return bool(raised)

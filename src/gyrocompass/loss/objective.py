@@ -1,0 +1,184 @@
+"""A run's objective: named objectives with weights and schedules, read from YAML.
+
+    objectives:
+      - nll                                             # weight 1
+      - z_loss: {coefficient: 1.0e-4}
+      - unlikelihood: {window: 64, weight: {linear: {from: 0.0, to: 0.5, steps: 1000}}}
+
+    [entry, ...] --parse_objectives--> Composite
+    Composite(log_probs, batch) -> {name: Terms}        the terms of each, unreduced and apart
+
+The terms stay apart until `reduce.py` adds them up, so each is reported by its name. Left out: weights that
+adapt to what the run measures, which need a state that a checkpoint must keep.
+
+Shape legend: T tokens, C candidate tokens per position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any
+
+import torch
+from pydantic import Discriminator, Field, PositiveInt, Tag, create_model, model_validator
+from torch import Tensor
+
+from gyrocompass.core.config import Config, parse
+from gyrocompass.core.errors import ConfigError, did_you_mean
+from gyrocompass.loss import likelihood as likelihood  # its objectives register themselves
+from gyrocompass.loss.registry import OBJECTIVES, Registered
+from gyrocompass.loss.signal import Batch, Terms, TokenLogProbs
+
+
+class Ramp(Config):
+    """From one weight to another over a number of optimizer steps; it stays there after."""
+
+    start: float = Field(alias="from")
+    to: float
+    steps: PositiveInt
+
+
+class Schedule(Config):
+    """A weight that changes with the step: one of a linear or a cosine ramp."""
+
+    linear: Ramp | None = None
+    cosine: Ramp | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Schedule:
+        if (self.linear is None) == (self.cosine is None):
+            raise ValueError("a schedule is one of linear and cosine")
+        return self
+
+    def at(self, step: int) -> float:
+        """The weight at an optimizer step, counted from 0."""
+        ramp = self.linear or self.cosine
+        assert ramp is not None
+        way = min(step / ramp.steps, 1.0)
+        if self.cosine is not None:
+            way = (1 - math.cos(math.pi * way)) / 2
+        return ramp.start + (ramp.to - ramp.start) * way
+
+
+Weight = Annotated[
+    Annotated[float, Tag("number")] | Annotated[Schedule, Tag("schedule")],
+    Discriminator(lambda value: "schedule" if isinstance(value, Mapping | Schedule) else "number"),
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named objective of a composite, with its parameters bound."""
+
+    name: str
+    registered: Registered
+    parameters: Mapping[str, Any]
+    weight: float | Schedule
+
+    def candidates(self, batch: Batch) -> Tensor | None:
+        """The candidate tokens [T, C] this objective asks for, if it is about any."""
+        find = self.registered.candidates
+        return None if find is None else find(batch, **self.parameters)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Named objectives together: what they need from the primitive, their terms, and their weights.
+
+    >>> parse_objectives(["nll", {"z_loss": {"weight": 0.5}}]).weights(step=0)
+    {'nll': 1.0, 'z_loss': 0.5}
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts, as reports show them."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What to pass to `token_logprobs` as `want`."""
+        return frozenset[str]().union(*(part.registered.wants for part in self.parts))
+
+    @property
+    def separable(self) -> bool:
+        """Whether every part is separable per token, and with them any weighted sum of the terms."""
+        return all(part.registered.separable for part in self.parts)
+
+    def candidates(self, batch: Batch) -> Tensor | None:
+        """What to pass to `token_logprobs` as `candidate_TC`: int64 [T, C], or None if no part asks."""
+        asked = [candidate_TC for part in self.parts if (candidate_TC := part.candidates(batch)) is not None]
+        return torch.cat(asked, dim=1) if asked else None
+
+    def __call__(self, log_probs: TokenLogProbs, batch: Batch) -> dict[str, Terms]:
+        """The terms of each part, by name; `log_probs` holds `wants` and `candidates(batch)`."""
+        terms: dict[str, Terms] = {}
+        column = 0
+        for part in self.parts:
+            seen, candidate_TC = log_probs, part.candidates(batch)
+            if candidate_TC is not None:
+                assert log_probs.candidate_TC is not None, (
+                    "ask token_logprobs for composite.candidates(batch)"
+                )
+                columns = slice(column, column := column + candidate_TC.shape[1])
+                seen = log_probs._replace(candidate_TC=log_probs.candidate_TC[:, columns])
+            terms[part.name] = part.registered.function(seen, batch, **part.parameters)
+        return terms
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The weight of each part at an optimizer step, counted from 0."""
+        return {
+            part.name: part.weight.at(step) if isinstance(part.weight, Schedule) else part.weight
+            for part in self.parts
+        }
+
+
+def parse_objectives(entries: Sequence[str | Mapping[str, Any]], where: str = "objectives") -> Composite:
+    """Read a YAML list of objectives.
+
+    Args:
+        entries: each a name, or {name: {its parameters, weight, name}}. `weight` is a number (default 1) or
+            a schedule; `name` is what reports call the term, needed when an objective is listed twice.
+        where: what errors name as the place.
+
+    Raises:
+        ConfigError: an unknown objective or parameter (the nearest known one is named), a parameter out of
+            bounds, a name used twice, an empty list.
+    """
+    if isinstance(entries, str | Mapping) or not entries:
+        raise ConfigError("objectives are a list with at least one entry", where=where, fix="- nll")
+    parts = [_part(entry, f"{where}.{index}") for index, entry in enumerate(entries)]
+    names = [part.name for part in parts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"two objectives are called {name}", where=where, fix=f"- {name}: {{name: another, ...}}"
+            )
+    return Composite(tuple(parts))
+
+
+def _part(entry: str | Mapping[str, Any], where: str) -> Part:
+    """One entry, checked against the signature of its objective."""
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise ConfigError(
+            f"an entry is one objective's name, or {{name: {{...}}}}; found {entry!r}", where=where
+        )
+    ((name, given),) = entry.items()
+    if name not in OBJECTIVES:
+        raise ConfigError(f"unknown objective {name!r}{did_you_mean(str(name), OBJECTIVES)}", where=where)
+    checked = parse(_entry_model(OBJECTIVES[name]), {} if given is None else given, f"{where}.{name}")
+    keys = dict(checked)
+    return Part(keys.pop("name"), OBJECTIVES[name], weight=keys.pop("weight"), parameters=keys)
+
+
+@cache
+def _entry_model(registered: Registered) -> type[Config]:
+    """What an entry of this objective may hold: its parameters, a weight and a name."""
+    shared: dict[str, Any] = {"weight": (Weight, 1.0), "name": (str, registered.name)}
+    return create_model(f"{registered.name}_entry", __base__=registered.parameters, **shared)

@@ -1,0 +1,100 @@
+"""The centre types: what the primitive returns, what an objective reads and what it answers.
+
+    hidden states, head weight, targets --token_logprobs--> TokenLogProbs
+    TokenLogProbs, Batch                --Objective------> Terms
+    Terms                               --reduce---------> loss
+
+Shape legend: T tokens (flattened rows of one micro-batch), D hidden width, V vocabulary,
+C candidate tokens asked for per position, K tokens of a top list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The target of a position that predicts nothing."""
+
+
+class TokenLogProbs(NamedTuple):
+    """What one pass over the head knows about each target: float32 (float64 for float64 inputs), in nats.
+
+    A position whose target is `IGNORE_INDEX` is not computed: every field is 0 there.
+    """
+
+    logprob_T: Tensor
+    """log p(target)."""
+    lse_T: Tensor
+    """The log-normaliser, log sum_v exp(logit_v)."""
+    entropy_T: Tensor | None = None
+    """-sum_v p_v log p_v."""
+    mean_logit_T: Tensor | None = None
+    """The mean of the finite logits (a padded vocabulary's -inf entries are not counted)."""
+    sum_sq_T: Tensor | None = None
+    """sum_v p_v^2."""
+    rank_T: Tensor | None = None
+    """int64: how many tokens score strictly above the target; 0 = top-1. No gradient."""
+    candidate_TC: Tensor | None = None
+    """log p of the candidate tokens that were asked for; 0 where the candidate is `IGNORE_INDEX`."""
+    top_TK: Tensor | None = None
+    """The largest log-probabilities, descending; -inf where the distribution has fewer tokens."""
+    top_token_TK: Tensor | None = None
+    """int64: their tokens."""
+    drawn_T: Tensor | None = None
+    """int64: a token drawn from the distribution."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed micro-batch, flat: T = rows * length, row after row.
+
+    `target_T` is already shifted: position t predicts `target_T[t]`. A position counts if and only if
+    its weight is above 0, and then its target is a token id; else its target is `IGNORE_INDEX`.
+    """
+
+    token_T: Tensor
+    """int64: the ids the model reads."""
+    target_T: Tensor
+    """int64: the id each position predicts, or `IGNORE_INDEX`."""
+    position_T: Tensor
+    """int64: restarts at 0 with each segment; attention stays inside a segment."""
+    segment_T: Tensor
+    """int64: which segment of the batch; -1 for padding."""
+    document_T: Tensor
+    """int64: index into the dataset's documents; -1 for padding."""
+    slice_T: Tensor
+    """int64: index into the dataset's slice names; -1 for padding."""
+    source_T: Tensor
+    """int64: index into the dataset's source names; -1 for padding."""
+    weight_T: Tensor
+    """float32, >= 0: the weight of each prediction."""
+    byte_T: Tensor
+    """int64: how many bytes of text the target stands for (0 for special tokens and padding)."""
+    length: int
+    """Tokens in a row."""
+    columns: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    """Whatever else an objective names: reference log-probs, advantages, pair ids, rewards."""
+
+
+class Terms(NamedTuple):
+    """An objective's answer, unreduced: one entry per token, sequence, pair or group.
+
+    `weight` depends on the batch alone, never on the model: a window of micro-batches is normalised by
+    weights that are known before its first forward pass. What depends on the model goes into `value`.
+    """
+
+    value: Tensor
+    """The objective's value, in nats or its own unit."""
+    weight: Tensor
+    """>= 0; 0 = not counted."""
+
+
+Objective = Callable[[TokenLogProbs, Batch], Terms]
+
+Expect = Callable[[TokenLogProbs], Tensor]
+"""The loss that will be taken of an answer, a scalar: said beforehand, its gradient comes along."""

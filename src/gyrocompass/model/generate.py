@@ -1,0 +1,193 @@
+"""Completions: how a model goes on from prompts, with the log-probability of each token it wrote.
+
+    prompts --transformers' generate--> tokens --log_probs (one pass over prompt + completion)--> Completion
+
+The tokens are chosen by `generate` of `transformers`: greedily, or drawn at a temperature from the smallest
+set of tokens that holds a share top_p. The log-probabilities are those of the *untouched* distribution,
+whatever temperature and top_p it was drawn with, and are computed by the same call as the trainer's and the
+score's (law 3): never those of the sampler, which has a cache, left padding and its own arithmetic.
+
+A model folder's generation_config.json says how its makers sample (top_k, penalties); here it only adds its
+end-of-text tokens. What is asked for is all that is done.
+
+Left out on purpose: beam search, penalties, constrained output, streaming (the server's).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from gyrocompass.core.errors import BadInput
+from gyrocompass.data.document import Message
+from gyrocompass.data.encode import prompt_ids
+from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.model.head import causal_lm, context_length
+from gyrocompass.model.score import evaluating, scored_tokens
+
+
+class Completion(NamedTuple):
+    """What a model wrote after one prompt. Plain values: it goes into JSON as it is."""
+
+    prompt: str
+    text: str
+    """The completion without special tokens."""
+    token_ids: list[int]
+    """Its tokens, the end-of-text token included if it came."""
+    tokens: list[str]
+    """Each of them decoded by itself."""
+    logprobs: list[float]
+    """log p of each, nats, at temperature 1 over the whole vocabulary."""
+    finish: Literal["end", "length"]
+    """Whether it ended by an end-of-text token, or by the limit."""
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rows: int = 8,
+) -> list[Completion]:
+    """Complete prompts.
+
+    Args:
+        model: as for `log_probs`.
+        tokenizer: the model's; with `chat` it needs a chat template.
+        prompts: plain text to go on from; with `chat`, what the user says.
+        max_new_tokens: the most to write; less where the context is full before.
+        chat: put each prompt into the chat template and write the assistant's answer.
+        temperature: 0 takes the most likely token each time; above 0 draws.
+        top_p: when drawing, from the smallest set of tokens with this share of the probability.
+        seed: of the draws; the same call gives the same completions. The global random state is left alone.
+        rows: prompts completed at once. When drawing, it is part of what decides the draws.
+
+    Returns:
+        One completion per prompt, in order.
+
+    Raises:
+        BadInput: a prompt is as long as the model's context or longer, or the chat template refuses it.
+    """
+    asked = [prompt_ids(tokenizer, [Message("user", text)] if chat else text) for text in prompts]
+    sampling = _sampling(model, tokenizer, temperature, top_p)
+    written: dict[int, list[int]] = {}
+    with evaluating(model), _seeded(model, seed):
+        for room, batch in _batches(asked, context_length(model), max_new_tokens, rows):
+            answers = _continue(model, [asked[index] for index in batch], sampling, room)
+            written |= dict(zip(batch, answers, strict=True))
+    logprobs = _teacher_forced(model, asked, [written[index] for index in range(len(prompts))], rows)
+    return [
+        Completion(
+            prompt=prompt,
+            text=tokenizer.decode(written[index], skip_special_tokens=True),
+            token_ids=written[index],
+            tokens=[tokenizer.decode([token]) for token in written[index]],
+            logprobs=logprobs[index],
+            finish="end" if written[index][-1] in sampling["eos_token_id"] else "length",
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _sampling(model: nn.Module, tokenizer: Any, temperature: float, top_p: float) -> dict[str, Any]:
+    """What `transformers` is asked to do, in full."""
+    ends = causal_lm(model).generation_config.eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {
+        "eos_token_id": sorted(eos_ids),
+        "pad_token_id": padding,
+        **(drawn if temperature > 0 else {"do_sample": False}),
+    }
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], context: int, max_new_tokens: int, rows: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Indices of prompts that are completed together, with the number of tokens each has room for."""
+    by_room: dict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(prompts):
+        if len(ids) >= context:
+            raise BadInput(
+                f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}",
+                where=f"prompt {index}",
+                fix="shorten it",
+            )
+        by_room[min(max_new_tokens, context - len(ids))].append(index)
+    for room, indices in by_room.items():
+        for start in range(0, len(indices), rows):
+            yield room, indices[start : start + rows]
+
+
+@torch.no_grad()
+def _continue(
+    model: nn.Module, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], room: int
+) -> list[list[int]]:
+    """The tokens that follow each prompt, up to and with the first end-of-text token."""
+    longest = max(len(ids) for ids in prompts)
+    padded = [[sampling["pad_token_id"]] * (longest - len(ids)) + list(ids) for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    device = next(model.parameters()).device
+    lm = causal_lm(model)
+    own_defaults, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        answer = lm.generate(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=GenerationConfig(**sampling, max_new_tokens=room),
+        )
+    finally:
+        lm.generation_config = own_defaults
+    return [_until_end(row, sampling["eos_token_id"]) for row in answer[:, longest:].tolist()]
+
+
+def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    end = next((place + 1 for place, token in enumerate(ids) if token in eos_ids), len(ids))
+    return ids[:end]
+
+
+def _teacher_forced(
+    model: nn.Module, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], rows: int
+) -> list[list[float]]:
+    """log p of each written token given all before it, in one pass over prompt + completion."""
+    dataset = TokenDataset.of(
+        TokenRow(
+            str(index),
+            "",
+            "",
+            [*prompt, *completion],
+            [0] * (len(prompt) + len(completion)),
+            [0.0] * len(prompt) + [1.0] * len(completion),
+        )
+        for index, (prompt, completion) in enumerate(zip(prompts, written, strict=True))
+    )
+    logprobs: list[list[float]] = [[0.0] * len(completion) for completion in written]
+    with evaluating(model):
+        for scored in scored_tokens(model, dataset, context_length(model), rows):
+            for index, document, logprob in zip(
+                scored.index_K, scored.document_K, scored.logprob_K, strict=True
+            ):
+                place = index - dataset.offset_D[document] - len(prompts[document])
+                logprobs[document][place] = float(logprob)
+    return logprobs
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """A random state of its own, on the CPU and on the model's device."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,201 @@
+"""What the training stages of a run say of themselves: curves, objective terms, what was drawn, incidents.
+
+    train stages --metrics.jsonl, evaluations.jsonl, incidents.jsonl, ledger.parquet--> [Training]
+
+Shape legend: K steps at which a slice had counted tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gyrocompass.core.store import Store
+from gyrocompass.measure.ledger import Ledger
+from gyrocompass.recipe.record import RunRecord, StageRecord
+from gyrocompass.train.metrics import read_metrics
+
+FloatArray = NDArray[np.float64]
+SMOOTHED_PARTS = 25
+"""A curve is smoothed over a run's steps divided by this."""
+END_PARTS = 10
+"""The end of a run is its last steps, one of so many parts."""
+
+
+class Curve(NamedTuple):
+    """One slice's NLL over the steps of a training stage."""
+
+    slice: str
+    step_K: FloatArray
+    nats_K: FloatArray
+    """Nats per token of the step."""
+    smooth_K: FloatArray
+    """Over the steps around each, weighted by tokens."""
+    held_out: list[tuple[int, float]]
+    """Evaluations: step, nats per token."""
+
+
+class ObjectiveTerm(NamedTuple):
+    """One named term of the objective, in its own unit."""
+
+    name: str
+    settings: str
+    terms: int
+    """Tokens (or sequences, pairs) with a weight above 0, over the whole run."""
+    weight: float
+    mean: float | None
+    """Over the whole run."""
+    at_end: float | None
+    """Over the last tenth of the steps; each step counts alike."""
+
+
+class Drawn(NamedTuple):
+    """How much of one slice a training stage read."""
+
+    slice: str
+    tokens: int
+    """Counted targets."""
+    share: float
+    """Of the counted targets."""
+    wanted: float | None
+    """The share of input tokens that the recipe asked for; None where it named no weights. Not to be compared
+    with `share`: a slice whose inputs are partly context (prompts) has fewer targets than inputs."""
+
+
+class Training(NamedTuple):
+    """A finished training stage."""
+
+    stage: str
+    artifact: str
+    settings: dict[str, Any]
+    """The stage's config."""
+    counts: dict[str, int | float]
+    inputs: dict[str, str]
+    steps: list[dict[str, Any]]
+    """Rows of metrics.jsonl."""
+    evaluations: list[dict[str, Any]]
+    incidents: list[dict[str, Any]]
+    ledger: Ledger
+
+    @property
+    def smoothed_steps(self) -> int:
+        """How many steps around each one a smoothed curve takes in; an odd number."""
+        return len(self.steps) // SMOOTHED_PARTS // 2 * 2 + 1
+
+    @property
+    def slices(self) -> list[str]:
+        """Every slice that was trained on or held out, by name."""
+        return sorted({name for row in (*self.steps, *self.evaluations) for name in row["nll_nats"]})
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose parameters were kept, where early stopping chose one."""
+        best = self.counts.get("best_step") if self.settings.get("early_stopping") else None
+        return None if best is None else int(best)
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The norm that gradients were clipped to."""
+        clip: float | None = self.settings.get("optimizer", {}).get("clip_norm")
+        return clip
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the median step."""
+        return median(row["tokens_per_second"] for row in self.steps) if self.steps else None
+
+    def curve(self, name: str) -> Curve:
+        """The loss of one slice; steps without it, or without a finite loss, are left out."""
+        rows = [row for row in self.steps if row["nll_nats"].get(name) is not None]
+        step_K = np.array([row["step"] for row in rows], dtype=np.float64)
+        nats_K = np.array([row["nll_nats"][name] for row in rows], dtype=np.float64)
+        tokens_K = np.array([row["slice_tokens"][name] for row in rows], dtype=np.float64)
+        held_out = [
+            (row["step"], row["nll_nats"][name])
+            for row in self.evaluations
+            if row["nll_nats"].get(name) is not None
+        ]
+        smooth_K = _running_mean(nats_K, tokens_K, self.smoothed_steps)
+        return Curve(name, step_K, nats_K, smooth_K, held_out)
+
+    def objective_terms(self) -> list[ObjectiveTerm]:
+        """Every term of the objective by name."""
+        settings = dict(_objective_settings(entry) for entry in self.settings.get("objective", ()))
+        last = self.steps[-max(1, len(self.steps) // END_PARTS) :]
+        terms = []
+        for name, sums in self.ledger.items("objective"):
+            ends = [row["objective"][name] for row in last if row["objective"].get(name) is not None]
+            terms.append(
+                ObjectiveTerm(
+                    name,
+                    settings.get(name, ""),
+                    sums.count,
+                    sums.weight,
+                    sums.value / sums.weight if sums.weight else None,
+                    sum(ends) / len(ends) if ends else None,
+                )
+            )
+        return terms
+
+    def drawn(self) -> list[Drawn]:
+        """What was read of each slice."""
+        wanted = self.settings.get("slice_weights") or {}
+        total = self.ledger.total.count
+        return [
+            Drawn(
+                name,
+                sums.count,
+                sums.count / total,
+                wanted.get(name, 0.0) / sum(wanted.values()) if wanted else None,
+            )
+            for name, sums in self.ledger.items("slice")
+        ]
+
+
+def trainings(record: RunRecord, store: Store) -> list[Training]:
+    """The training stages, in the order of the run."""
+    return [_training(stage, store) for stage in record.stages if stage.kind == "train"]
+
+
+def _training(stage: StageRecord, store: Store) -> Training:
+    artifact = store.open(stage.artifact, verify=False)
+    return Training(
+        stage=stage.name,
+        artifact=stage.artifact,
+        settings=artifact.manifest.recipe,
+        counts=artifact.manifest.counts,
+        inputs=stage.inputs,
+        steps=read_metrics(artifact.path / "metrics.jsonl"),
+        evaluations=read_metrics(artifact.path / "evaluations.jsonl"),
+        incidents=read_metrics(artifact.path / "incidents.jsonl"),
+        ledger=Ledger.load(artifact.path / "ledger.parquet"),
+    )
+
+
+def _running_mean(value_K: FloatArray, weight_K: FloatArray, window: int) -> FloatArray:
+    """Sum of value * weight over `window` entries around each (fewer at the ends), over that of weight."""
+    value_sum_K = np.concatenate([[0.0], np.cumsum(value_K * weight_K)])
+    weight_sum_K = np.concatenate([[0.0], np.cumsum(weight_K)])
+    at_K = np.arange(len(value_K))
+    # At the beginning the curve is steep: a window that reached further forward than back would lie below it.
+    half_K = np.minimum(at_K, window // 2)
+    start_K, end_K = at_K - half_K, np.minimum(at_K + half_K + 1, len(value_K))
+    mean_K: FloatArray = (value_sum_K[end_K] - value_sum_K[start_K]) / (
+        weight_sum_K[end_K] - weight_sum_K[start_K]
+    )
+    return mean_K
+
+
+def _objective_settings(entry: str | dict[str, Any]) -> tuple[str, str]:
+    """What the reports call an entry of the objective, and its parameters as text."""
+    if isinstance(entry, str):
+        return entry, ""
+    [(name, parameters)] = entry.items()
+    parameters = dict(parameters or {})
+    called = parameters.pop("name", name)
+    words = [name] if called != name else []
+    return called, ", ".join([*words, *(f"{key} {json.dumps(value)}" for key, value in parameters.items())])

@@ -1,0 +1,116 @@
+"""Documents: read from sources, split by their hash, and made into instruction pairs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from gyrocompass.core.artifact import DocumentRow, Draft
+from gyrocompass.data.document import Document, Quarantined, Record, Tally, read_documents, write_records
+from gyrocompass.data.sources import Source, fingerprint, read_sources
+from gyrocompass.data.split import Side, side
+from gyrocompass.data.stdlib import pairs
+from gyrocompass.recipe.stage import Stage, StageName, Workplace
+
+
+class DocumentsStage(Stage):
+    """Documents of all sources, with what could not be used quarantined, counted and named."""
+
+    kind: Literal["documents"] = "documents"
+    makes: ClassVar[str] = "documents"
+    sources: tuple[Source, ...] = Field(min_length=1)
+    max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
+    """More malformed records than this fail the stage."""
+
+    def outside(self) -> Any:
+        """The state of the sources' files."""
+        return [fingerprint(source) for source in self.sources]
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Writes documents.parquet and quarantined.parquet."""
+        records = read_sources(self.sources, max_quarantined_share=self.max_quarantined_share)
+        _write(draft, _counting(records, workplace))
+
+
+class SplitStage(Stage):
+    """One side of a split by content hash: equal contents are on one side, whatever their number or order."""
+
+    kind: Literal["split"] = "split"
+    makes: ClassVar[str] = "documents"
+    documents: StageName
+    side: Side
+    held_out_share: float = Field(default=0.05, gt=0, lt=1)
+    salt: str = ""
+    """Another salt is another split."""
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Writes documents.parquet."""
+        documents = read_documents(workplace.input("documents"))
+        chosen = (d for d in documents if side(d, self.held_out_share, self.salt) == self.side)
+        _write(draft, _counting(chosen, workplace))
+
+
+class PairsStage(Stage):
+    """Instruction pairs derived from Python documents: signature -> docstring, docstring -> body."""
+
+    kind: Literal["pairs"] = "pairs"
+    makes: ClassVar[str] = "documents"
+    documents: StageName
+
+    def outside(self) -> Any:
+        """The interpreter's version: its parser decides what is a function."""
+        return list(sys.version_info[:2])
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Writes documents.parquet with conversations; each knows the document it was derived from."""
+        derived = pairs(read_documents(workplace.input("documents")))
+        _write(draft, _counting(derived, workplace))
+
+
+def listed(document: Document) -> DocumentRow:
+    """A document's row in the store."""
+    return DocumentRow(
+        document_id=document.id,
+        path=document.path,
+        source=document.source,
+        slice=document.slice,
+        origin_ids=document.origin_ids,
+    )
+
+
+def _counting(records: Iterable[Record], workplace: Workplace) -> Iterator[Record]:
+    task = workplace.progress.task(workplace.name, None, unit="doc")
+    for record in records:
+        yield record
+        task.advance(1)
+    task.finish()
+
+
+def _write(draft: Draft, records: Iterable[Record]) -> None:
+    rows: list[DocumentRow] = []
+    tally = write_records(draft.path, _listing(records, rows))
+    draft.documents = rows
+    _count(draft, tally)
+
+
+def _listing(records: Iterable[Record], rows: list[DocumentRow]) -> Iterator[Record]:
+    for record in records:
+        if isinstance(record, Document):
+            rows.append(listed(record))
+        elif isinstance(record, Quarantined) and record.document_id:
+            rows.append(DocumentRow(record.document_id, record.path, record.source, "", status="quarantined"))
+        yield record
+
+
+def _count(draft: Draft, tally: Tally) -> None:
+    draft.counts |= {
+        "documents": sum(tally.documents.values()),
+        "bytes": sum(tally.bytes.values()),
+        "quarantined": sum(tally.quarantined.values()),
+        "skipped": sum(tally.skipped.values()),
+    }
+    draft.counts |= {f"documents/{name}": count for name, count in sorted(tally.documents.items())}
+    draft.counts |= {f"bytes/{name}": count for name, count in sorted(tally.bytes.items())}

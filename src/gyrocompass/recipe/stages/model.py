@@ -1,0 +1,163 @@
+"""Where models come from: made new from a config, or brought in from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from gyrocompass.core.artifact import MANIFEST, Artifact, Draft, read_artifact
+from gyrocompass.core.errors import BadInput
+from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.model.head import context_length, find_head
+from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
+from gyrocompass.model.lora import load_adapter, merged
+from gyrocompass.recipe.stage import Stage, StageName, Workplace
+
+ADAPTER = "adapter"
+"""The folder of an unmerged LoRA adapter within a model artifact."""
+
+
+class NewModelStage(Stage):
+    """A model with random weights: `config` is that of `transformers`, with its `model_type`.
+
+    The vocabulary's size and the ids of its special tokens come from the tokenizer.
+    """
+
+    kind: Literal["new_model"] = "new_model"
+    makes: ClassVar[str] = "model"
+    tokenizer: StageName
+    config: dict[str, Any]
+    seed: int = 0
+
+    @property
+    def context(self) -> int | None:
+        """The model's context in tokens, if the config says."""
+        return _context_of(self.config)
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """See the class."""
+        tokenizer = load_tokenizer(workplace.input("tokenizer"))
+        ids = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model = new_causal_lm({**ids, **self.config}, seed=self.seed)
+        save_model(model, draft.path, tokenizer=tokenizer)
+        draft.counts["parameters"] = sum(p.numel() for p in model.parameters())
+
+
+class ImportedModelStage(Stage):
+    """A model and its tokenizer from a Hugging Face folder, copied into the store.
+
+    A folder that is a model artifact, of this store or another, becomes a parent of the copy: lineage goes on
+    through it.
+    """
+
+    kind: Literal["imported_model"] = "imported_model"
+    version: ClassVar[int] = 2
+    makes: ClassVar[str] = "model"
+    folder: Path
+
+    @property
+    def context(self) -> int | None:
+        """The model's context in tokens, if its config.json says."""
+        return folder_context(self.folder)
+
+    def outside(self) -> Any:
+        """Sizes and times of all files in the folder.
+
+        Raises:
+            BadInput: there is no such folder.
+        """
+        if not self.folder.is_dir():
+            raise BadInput(
+                "there is no such model folder", where=self.folder, fix="give a Hugging Face folder"
+            )
+        return [
+            [path.relative_to(self.folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        ]
+
+    def origins(self) -> dict[str, Artifact]:
+        """The folder itself, where it is an artifact."""
+        if not (self.folder / MANIFEST).is_file():
+            return {}
+        return {"imported": read_artifact(self.folder, kind=self.makes)}
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """See the class."""
+        model = copy_model(self.folder, draft.path)
+        draft.counts["parameters"] = sum(p.numel() for p in model.parameters())
+
+
+def open_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """Load a model artifact; a LoRA adapter that was saved beside the weights is merged in."""
+    model = load_causal_lm(folder, dtype=dtype, device=device)
+    return merged(load_adapter(model, folder / ADAPTER)) if (folder / ADAPTER).is_dir() else model
+
+
+def check_fit(model: nn.Module, data: TokenDataset, length: int, where: str) -> None:
+    """Refuse data that a model cannot read, before any work is done.
+
+    Raises:
+        BadInput: rows are longer than its context, or a token is not in its vocabulary.
+    """
+    check_context(context_length(model), length, where)
+    vocabulary, highest = len(find_head(model).w_VD), int(data.id_N.max(initial=0))
+    if highest >= vocabulary:
+        raise BadInput(
+            f"the data has a token {highest}, the model a vocabulary of {vocabulary}",
+            where=where,
+            fix="make the tokens with the tokenizer that the model was made for",
+        )
+
+
+def check_context(context: int, length: int, where: str) -> None:
+    """Refuse rows longer than a context.
+
+    Raises:
+        BadInput: they are.
+    """
+    if length > context:
+        raise BadInput(
+            f"sequence_length is {length}, and the model's context is {context} tokens",
+            where=where,
+            fix=f"set it to {context} or less",
+        )
+
+
+def copy_model(base: Path, target: Path) -> nn.Module:
+    """Copy a model and its tokenizer, a LoRA adapter merged in, without what its own run said of itself."""
+    model = open_model(base, dtype=None, device=torch.device("cpu"))
+    save_model(model, target, tokenizer=load_tokenizer(base))
+    return model
+
+
+def folder_context(folder: Path) -> int | None:
+    """The context in tokens of the model in a folder; None if its config does not say.
+
+    Raises:
+        BadInput: there is no config.json that can be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the model's config.json: {error}", where=folder) from error
+    if not isinstance(config, dict):
+        raise BadInput("a model's config.json is a JSON object", where=folder / "config.json")
+    return _context_of(config)
+
+
+def _context_of(config: Mapping[str, Any]) -> int | None:
+    # GPT-2 has a name of its own for it.
+    length = config.get("max_position_embeddings", config.get("n_positions"))
+    return length if isinstance(length, int) else None

@@ -1,0 +1,174 @@
+"""The training stage: a model artifact, a token artifact, the one loop, a model artifact.
+
+Pretraining and fine-tuning are this stage with other data. The artifact holds the model in Hugging Face
+format with its tokenizer, and beside it what the run said of itself:
+
+    model.safetensors, config.json, tokenizer files
+    metrics.jsonl        a row per step          evaluations.jsonl   a row per held-out evaluation
+    ledger.parquet       the sums of all steps   incidents.jsonl     what the guard stopped, if anything
+    evaluations/         the ledger of each evaluation, by slice, source and document
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from gyrocompass.core.artifact import Draft
+from gyrocompass.core.errors import BadInput
+from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.load import save_model
+from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
+from gyrocompass.model.score import score_dataset
+from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, Workplace
+from gyrocompass.recipe.stages.model import ADAPTER, check_fit, copy_model, open_model
+from gyrocompass.train.config import PRECISIONS, TrainConfig
+from gyrocompass.train.distributed import World
+from gyrocompass.train.loop import Outcome, train
+from gyrocompass.train.metrics import MlflowTracker
+
+RUN_FILES = ("metrics.jsonl", "evaluations.jsonl", "incidents.jsonl")
+EVALUATIONS = "evaluations"
+
+
+class TrainStage(Stage, TrainConfig):
+    """Train `model` on `data`, watching `held_out`; every key of `TrainConfig` stands beside these."""
+
+    kind: Literal["train"] = "train"
+    makes: ClassVar[str] = "model"
+    distributed: ClassVar[bool] = True
+    model: StageName
+    data: StageName
+    held_out: OptionalStageName = None
+    held_out_documents: int | None = Field(default=None, ge=1)
+    """Evaluate on the first so many held-out documents of each slice while training; None: on all of them."""
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_what_needs_held_out(self) -> TrainStage:
+        for field in ("early_stopping", "evaluate_every_steps", "held_out_documents"):
+            if self.held_out is None and getattr(self, field) is not None:
+                raise ValueError(f"{field} needs held_out")
+        return self
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """See the module docstring."""
+        world = workplace.world
+        base = workplace.input("model")
+        data = TokenDataset.open(workplace.input("data"))
+        held_out = TokenDataset.open(workplace.input("held_out")) if self.held_out else None
+        if held_out is not None:
+            check_held_out(data, held_out, f"stages.{workplace.name}.held_out")
+        model = open_model(base, dtype=PRECISIONS[self.precision], device=world.device)
+        check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
+        if self.lora:
+            model = apply_lora(model, self.lora, seed=self.seed)
+        config = TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
+        evaluate = self._evaluation(model, held_out, workplace.world) if held_out is not None else None
+        tracker = self._tracker(workplace) if world.is_first else None
+        outcome = train(
+            model,
+            data,
+            config,
+            workplace.work,
+            world=world,
+            evaluate=evaluate,
+            tracker=tracker,
+            progress=workplace.progress,
+            label=workplace.name,
+        )
+        if world.is_first:
+            if self.lora and not self.lora.merge_on_save:
+                copy_model(base, draft.path)
+                save_adapter(model, draft.path / ADAPTER)
+            else:
+                save_model(model, draft.path, tokenizer=load_tokenizer(base))
+            self._keep_run(workplace.work, draft, outcome)
+        if tracker is not None:
+            tracker.close()
+
+    def _evaluation(self, model: nn.Module, held_out: TokenDataset, world: World) -> Callable[[], Ledger]:
+        documents = _first_of_each_slice(held_out, self.held_out_documents)[world.rank :: world.size]
+
+        def evaluate() -> Ledger:
+            own = score_dataset(
+                model,
+                held_out,
+                documents=documents,
+                length=self.sequence_length,
+                rows=self.rows_per_micro_batch,
+                autocast=self.precision == "bf16_autocast",
+            )
+            merged = Ledger()
+            for rank_bytes in world.gather_bytes(own.to_bytes()):
+                merged.merge(Ledger.from_bytes(rank_bytes))
+            return merged
+
+        return evaluate
+
+    def _keep_run(self, work: Path, draft: Draft, outcome: Outcome) -> None:
+        for name in RUN_FILES:
+            if (work / name).exists():
+                shutil.copy(work / name, draft.path / name)
+        if (work / EVALUATIONS).exists():
+            shutil.copytree(work / EVALUATIONS, draft.path / EVALUATIONS)
+        outcome.ledger.save(draft.path / "ledger.parquet")
+        total = outcome.ledger.total
+        draft.counts |= {
+            "steps": outcome.steps,
+            "tokens": total.count,
+            "bytes": total.bytes,
+            "skipped_windows": len(outcome.skipped_windows),
+        }
+        if self.early_stopping and outcome.best_step is not None:
+            draft.counts["best_step"] = outcome.best_step
+
+    def _tracker(self, workplace: Workplace) -> MlflowTracker | None:
+        if workplace.tracking is None:
+            return None
+        run_file = workplace.work / "mlflow_run_id"
+        parameters = {"stage": workplace.name, **self.settings()}
+        return MlflowTracker(workplace.tracking, workplace.store.root, run_file, parameters)
+
+
+def check_held_out(data: TokenDataset, held_out: TokenDataset, where: str) -> None:
+    """Refuse held-out documents that are trained on, or that measure nothing.
+
+    Raises:
+        BadInput: they are or do.
+    """
+    if not held_out.n_targets:
+        raise BadInput(
+            "nothing is held out: there is no token to measure on",
+            where=where,
+            fix="give more documents, or raise held_out_share, to the same value in both split stages; for "
+            "gyro train: --set stages.train_documents.held_out_share=0.2 "
+            "--set stages.held_out_documents.held_out_share=0.2",
+        )
+    both = sorted(set(data.document_ids) & set(held_out.document_ids))
+    if both:
+        raise BadInput(
+            f"{len(both)} held-out documents are in the training data too: {', '.join(both[:3])}"
+            + (", ..." if len(both) > 3 else ""),
+            where=where,
+            fix="give both split stages the same documents, held_out_share and salt",
+        )
+
+
+def _first_of_each_slice(data: TokenDataset, limit: int | None) -> Sequence[int]:
+    if limit is None:
+        return range(data.n_documents)
+    taken = [0] * len(data.slice_names)
+    chosen = []
+    for document, slice_index in enumerate(data.slice_D.tolist()):
+        if taken[slice_index] < limit:
+            taken[slice_index] += 1
+            chosen.append(document)
+    return chosen

@@ -1,0 +1,73 @@
+"""How a training run is configured: how long, on what, by which objective."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, model_validator
+
+from gyrocompass.core.config import Config
+from gyrocompass.core.errors import ConfigError
+from gyrocompass.data.mixture import SamplerConfig
+from gyrocompass.loss.objective import parse_objectives
+from gyrocompass.loss.reduce import Reduction
+from gyrocompass.train.guard import GuardConfig
+from gyrocompass.train.optim import OptimizerConfig
+from gyrocompass.train.stopping import EarlyStoppingConfig
+
+PRECISIONS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16_autocast": torch.float32,
+}
+"""The dtype of the model's weights for each precision."""
+
+
+class TrainConfig(Config):
+    """How long, on what, by which objective; exactly one of `steps` and `epochs` says when it is over.
+
+    A step reads `rows_per_step` packed rows of `sequence_length` tokens; `rows_per_micro_batch` of them are
+    in memory at once on each rank, which changes nothing but memory and speed.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    rows_per_step: int = Field(default=32, ge=1)
+    rows_per_micro_batch: int = Field(default=8, ge=1)
+    slice_weights: dict[str, NonNegativeFloat] | None = None
+    objective: tuple[str | dict[str, Any], ...] = ("nll",)
+    reduction: Reduction = Reduction()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["float64", "float32", "bf16", "bf16_autocast"] = "float32"
+    activation_checkpointing: bool = False
+    checkpoint_every_steps: int = Field(default=100, ge=1)
+    checkpoints_kept: int = Field(default=2, ge=1)
+    evaluate_every_steps: int | None = Field(default=None, ge=1)
+    early_stopping: EarlyStoppingConfig | None = None
+    guard: GuardConfig = GuardConfig()
+    seed: int = Field(default=0, ge=0)
+
+    def sampler(self) -> SamplerConfig:
+        """The part that decides which rows each step reads."""
+        return SamplerConfig(
+            length=self.sequence_length,
+            rows_per_step=self.rows_per_step,
+            slice_weights=self.slice_weights,
+            epochs=self.epochs,
+            seed=self.seed,
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.early_stopping and not self.evaluate_every_steps:
+            raise ValueError("early_stopping needs evaluate_every_steps")
+        try:
+            parse_objectives(self.objective, "objective")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self

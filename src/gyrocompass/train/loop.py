@@ -1,0 +1,332 @@
+"""The one training loop: windows of packed rows x an objective, whatever the stage is called.
+
+A *window* is the data of one optimizer step, the same for every way of splitting it: each rank takes
+its share of the rows, micro-batches cut those further, and since the loss is normalised by the weights of the
+whole window before the first forward pass, the gradients of all pieces add up to the gradient of the window.
+
+    window -> micro-batches -> log-probs -> terms -> shares of the loss -> gradients (added up)
+           -> the guard's verdict -> clip -> AdamW -> ledger, metrics, evaluation, checkpoint
+
+A run can be killed at any moment: `train` called again with the same arguments and folder goes on from the
+newest whole checkpoint and ends bit-identical to a run that was not killed. Ctrl-C finishes the step it is
+in, saves, and raises `Interrupted`.
+
+Left out: anything an objective could do (objectives are functions in `loss`), and anything a batch source
+could do (rollouts will be one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from gyrocompass.core.artifact import writing
+from gyrocompass.core.config import config_hash
+from gyrocompass.core.errors import BadInput, Interrupted, TrainingStopped
+from gyrocompass.core.progress import Progress
+from gyrocompass.data.mixture import Sampler
+from gyrocompass.data.pack import Packed
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.loss.objective import parse_objectives
+from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.score import evaluating, scored_tokens
+from gyrocompass.train import checkpoint
+from gyrocompass.train.config import TrainConfig
+from gyrocompass.train.distributed import World
+from gyrocompass.train.guard import Guard, Verdict
+from gyrocompass.train.interrupt import interrupt_flag
+from gyrocompass.train.metrics import MetricLog, Tracker
+from gyrocompass.train.optim import MainParameters, adamw, learning_rate
+from gyrocompass.train.record import Alone, StepRecord
+from gyrocompass.train.stopping import EarlyStopping
+from gyrocompass.train.window import window_gradients
+
+Evaluate = Callable[[], Ledger]
+"""Scores the model as it stands on held-out data."""
+
+
+class Outcome(NamedTuple):
+    """What a finished run can say of itself."""
+
+    steps: int
+    ledger: Ledger
+    skipped_windows: tuple[int, ...]
+    best_step: int | None
+    stopped_early: bool
+
+
+def train(
+    model: nn.Module,
+    data: TokenDataset,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    world: World = World(),  # noqa: B008  (immutable)
+    evaluate: Evaluate | None = None,
+    tracker: Tracker | None = None,
+    progress: Progress | None = None,
+    label: str = "train",
+) -> Outcome:
+    """Train `model` in place on `data`, or go on where a killed run in `folder` stopped.
+
+    Args:
+        model: a causal LM whose weights have the dtype of `config.precision`, on `world.device`.
+        folder: checkpoints, metrics.jsonl, evaluations.jsonl and incidents.jsonl live here.
+        evaluate: called every `evaluate_every_steps` and at the end.
+
+    Raises:
+        Interrupted: Ctrl-C; the state is saved.
+        TrainingStopped: the guard's verdict, with the documents of the step.
+        BadInput: the folder holds the checkpoints of another run.
+    """
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]  # a method of transformers' models
+    model.train()
+    run = _Run(model, data, config, folder, world, evaluate, tracker, progress or Progress(quiet=True))
+    return run.go(label)
+
+
+class _Run:
+    """The live state of a run: everything a checkpoint holds, and the steps that change it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TokenDataset,
+        config: TrainConfig,
+        folder: Path,
+        world: World,
+        evaluate: Evaluate | None,
+        tracker: Tracker | None,
+        progress: Progress,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model, self.data, self.config, self.folder = model, data, config, folder
+        self.world, self.evaluate, self.progress = world, evaluate, progress
+        self.objective = parse_objectives(config.objective)
+        self.main = MainParameters(model)
+        self.optimizer = adamw(self.main, config.optimizer)
+        self.sampler = Sampler(data, config.sampler())
+        self.guard = Guard(config.guard)
+        self.stopping = EarlyStopping(config.early_stopping)
+        self.ledger = Ledger()
+        self.step = 0
+        self.window = 0
+        self.skipped: set[int] = set()
+        self.shown: dict[str, float] = {}
+        self.metrics = MetricLog(folder / "metrics.jsonl", tracker)
+        self.evaluations = MetricLog(folder / "evaluations.jsonl")
+        self.incidents = MetricLog(folder / "incidents.jsonl")
+        self.evaluated_step: int | None = None
+        self.config_hash = config_hash({"config": config, "inputs": _fingerprint(model, data)})
+        self.steps = config.steps or self.sampler.windows() or 0
+
+    # --- the run ---
+
+    def go(self, label: str) -> Outcome:
+        """Resume or begin, step to the end, and leave the best parameters in the model."""
+        if not self._resume():
+            torch.manual_seed(self.config.seed * 100_003 + self.world.rank)
+            self._save()
+        task = self.progress.task(label, self.steps, unit="step", done=self.step)
+        with interrupt_flag() as interrupted:
+            while self.step < self.steps and not self.stopping.is_over:
+                before = self.step
+                if not self._next_step():
+                    break
+                task.advance(self.step - before, **self.shown)
+                if any(self.world.gather_json(bool(interrupted))):
+                    self._save()
+                    raise Interrupted(
+                        f"stopped after step {self.step} of {self.steps}; everything is saved",
+                        where=self.folder,
+                        fix="run the same command again to go on",
+                    )
+        self._finish()
+        task.finish()
+        skipped = tuple(sorted(self.skipped))
+        return Outcome(self.step, self.ledger, skipped, self.stopping.best_step, self.stopping.is_over)
+
+    def _next_step(self) -> bool:
+        """Take one step (or rewind); False when the data is over."""
+        packed = next(self.sampler, None)
+        if packed is None:
+            return False
+        self.window += 1
+        if self.window in self.skipped:
+            return True
+        started = time.perf_counter()
+        record, norm, loss = self._gradients(packed)
+        verdict = self.guard.judge(record.means(self.world), norm)
+        if verdict is not None:
+            self._handle(verdict, record)
+            return True
+        step_ledger = self._update(record)
+        if self.world.is_first:
+            self._log(step_ledger, loss, norm, time.perf_counter() - started)
+        self._evaluate_if_due()
+        if self.step % self.config.checkpoint_every_steps == 0:
+            self._save()
+        return True
+
+    def _gradients(self, packed: Packed) -> tuple[StepRecord, float, float]:
+        """The window's gradients, clipped, with its record, their norm before that, and the loss."""
+        record, loss = window_gradients(
+            self.model, self.main, self.objective, self.data, packed, self.config, self.step, self.world
+        )
+        norm = self.main.clip(self.config.optimizer.clip_norm)
+        return record, norm, loss
+
+    def _update(self, record: StepRecord) -> Ledger:
+        """Step the optimizer and enter the step into the ledger."""
+        rate = learning_rate(self.config.optimizer, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.main.publish()
+        self.step += 1
+        step_ledger = record.ledger(self.world)
+        self.ledger.merge(step_ledger)
+        return step_ledger
+
+    # --- what is said about it ---
+
+    def _log(self, ledger: Ledger, loss: float, norm: float, seconds: float) -> None:
+        self.metrics.append(
+            {
+                "step": self.step,
+                "time_s": time.time(),
+                "loss": loss,
+                "learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.steps),
+                "gradient_norm": norm,
+                "tokens": ledger.total.count,
+                "tokens_per_second": ledger.total.count / seconds,
+                "nll_nats": {name: s.value / s.count for name, s in ledger.items("slice") if s.count},
+                "slice_tokens": {name: s.count for name, s in ledger.items("slice")},
+                "objective": {name: s.value / s.weight for name, s in ledger.items("objective") if s.weight},
+            }
+        )
+        self.shown = {"loss": loss, "tok/s": ledger.total.count / seconds}
+
+    def _evaluate_if_due(self, *, force: bool = False) -> None:
+        every = self.config.evaluate_every_steps
+        due = force or (every is not None and self.step % every == 0)
+        if self.evaluate is None or not due:
+            return
+        ledger = self.evaluate()
+        self.model.train()
+        if self.world.is_first:
+            nll = {name: s.value / s.count for name, s in ledger.items("slice") if s.count}
+            total = ledger.total
+            row = {"step": self.step, "time_s": time.time(), "nll_nats": nll, "tokens": total.count}
+            self.evaluations.append({**row, "total_nll_nats": total.value / max(1, total.count)})
+            (self.folder / "evaluations").mkdir(exist_ok=True)
+            ledger.save(self.folder / "evaluations" / f"step-{self.step:08d}.parquet")
+        self.evaluated_step = self.step
+        if self.stopping.observe(self.step, ledger) and self.config.early_stopping and self.world.is_first:
+            with writing(self.folder / "best", "parameters") as draft:
+                checkpoint.save_parameters(self.main, draft.path)
+
+    def _finish(self) -> None:
+        if self.evaluated_step != self.step:
+            self._evaluate_if_due(force=True)
+        self._save()
+        if self.config.early_stopping and self.stopping.best_step is not None:
+            checkpoint.load_parameters(self.main, self.folder / "best")
+
+    # --- the guard's verdict ---
+
+    def _handle(self, verdict: Verdict, record: StepRecord) -> None:
+        """Stop, or rewind to the last checkpoint with this window passed over."""
+        documents = record.worst_documents(self.world, self._alone)
+        rewinds = self.config.guard.policy == "rewind" and len(self.skipped) < self.config.guard.max_rewinds
+        if self.world.is_first:
+            self.incidents.append(
+                {
+                    "step": self.step + 1,
+                    "window": self.window,
+                    "verdict": str(verdict),
+                    "action": "rewind" if rewinds else "stop",
+                    "documents": [document._asdict() for document in documents],
+                }
+            )
+        named = "\n".join(f"    {document}" for document in documents)
+        what = f"{verdict} at step {self.step + 1} (data window {self.window}); its documents:\n{named}"
+        if not rewinds:
+            raise TrainingStopped(
+                what,
+                where=self.folder / "incidents.jsonl",
+                fix="look at these documents; drop them, lower the rate, or set guard.policy: rewind",
+            )
+        self.progress.note(f"{what}\n  going back to the last checkpoint and passing over this window")
+        skipped = self.skipped | {self.window}
+        self._resume()
+        self.skipped |= skipped
+
+    def _alone(self, document: int) -> Alone:
+        """The NLL of a document's counted tokens with nothing packed beside it, or what is not finite."""
+        length = self.config.sequence_length
+        with evaluating(self.model):
+            try:
+                scored = scored_tokens(
+                    self.model, self.data, length, 1, documents=[document], check_finite=True
+                )
+                return Alone(-np.concatenate([part.logprob_K for part in scored]), "")
+            except BadInput as error:
+                return Alone(np.array([np.nan]), str(error).replace("\n  where: ", ", "))
+
+    # --- checkpoints ---
+
+    def _save(self) -> None:
+        state = {
+            "config_hash": self.config_hash,
+            "window": self.window,
+            "skipped": sorted(self.skipped),
+            "sampler": self.sampler.state(),
+            "guard": self.guard.state(),
+            "stopping": self.stopping.state(),
+            "evaluated_step": self.evaluated_step,
+        }
+        snapshot = checkpoint.Snapshot(self.step, state, self.ledger)
+        keep = self.config.checkpoints_kept
+        checkpoint.save(self.folder, snapshot, self.main, self.optimizer, self.world, keep=keep)
+        self.metrics.commit()
+
+    def _resume(self) -> bool:
+        """Take over the newest whole checkpoint; False where there is none."""
+        found = checkpoint.newest_whole(self.folder, self.progress.note) if self.world.is_first else None
+        name = self.world.gather_json(found and found.name)[0]
+        if name is None:
+            return False
+        path = self.folder / name
+        snapshot = checkpoint.load(path, self.main, self.optimizer, self.world, self.config_hash)
+        state = snapshot.state
+        self.step, self.ledger, self.window = snapshot.step, snapshot.ledger, state["window"]
+        self.skipped = set(state["skipped"])
+        self.sampler.restore(state["sampler"])
+        self.guard.restore(state["guard"])
+        self.stopping.restore(state["stopping"])
+        self.evaluated_step = state["evaluated_step"]
+        if self.world.is_first:
+            self.metrics.cut(self.step)
+            self.evaluations.cut(self.evaluated_step or 0)
+        return True
+
+
+def _fingerprint(model: nn.Module, data: TokenDataset) -> str:
+    """A hash of what a resume must find again and no checkpoint holds: the tokens and the frozen weights."""
+    digest = hashlib.sha256()
+    for column in (data.id_N, data.weight_N, data.offset_D):
+        digest.update(np.ascontiguousarray(column).data)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        if not parameter.requires_grad:
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

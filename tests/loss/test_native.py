@@ -1,0 +1,405 @@
+"""The native backend: exact at its sizes, the same on any number of threads, built once or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from direct_backend import direct_gradients, direct_sums, full_logits
+from torch import Tensor
+
+from gyrocompass.loss import _native
+from gyrocompass.loss._native import NativeBackend, _build, status
+from gyrocompass.loss._noise import gumbel
+from gyrocompass.loss._question import Asks, LogitRule, Logits, Needs, Picks, Slopes, Sums
+
+ENGINE = NativeBackend()
+EVERYTHING = Needs(True, True, True, True)
+GRADIENT_BOUND = {torch.bfloat16: 3e-3, torch.float32: 1e-6}
+needs_native = pytest.mark.skipif(not status().available, reason=status().reason)
+
+# Both sides of 16 lanes, of blocks of 256 tokens and of tiles of 256 tokens of vocabulary; deep and flat.
+SIZES = [
+    (300, 192, 5000),
+    (513, 31, 700),
+    (1, 1, 1),
+    (17, 7, 33),
+    (40, 2048, 300),
+    (257, 65, 257),
+    (5, 576, 4100),
+]
+
+
+class Case(NamedTuple):
+    logits: Logits
+    picks: Picks
+    asks: Asks
+    slopes: Slopes
+
+
+def make(size: tuple[int, int, int], dtype: torch.dtype, *, plain: bool) -> Case:
+    """A question: the bare cross-entropy, or with everything that can be asked."""
+    n_rows, width, vocabulary = size
+    generator = torch.Generator().manual_seed(sum(size))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    h_ND, w_VD = normal(n_rows, width).to(dtype), (normal(vocabulary, width) / width**0.5).to(dtype)
+    row_P = torch.arange(n_rows).repeat_interleave(1 if plain else 3)
+    picks = Picks(row_P, torch.randint(0 if plain else -1, vocabulary, row_P.shape, generator=generator))
+    logits, asks = Logits(h_ND, w_VD, None, None, None, LogitRule()), Asks()
+    if not plain:
+        bias_V = normal(vocabulary)
+        bias_V[::7] = -torch.inf
+        bias_V[vocabulary // 2] = 0.5
+        low_rank = normal(n_rows, 3).to(dtype), normal(vocabulary, 3).to(dtype)
+        logits = Logits(h_ND, w_VD, bias_V.to(dtype), *low_rank, LogitRule(30.0, 0.5, 0.7))
+        logits = logits._replace(floor_N=gap(logits, 0.2, 0.4))
+        seed_N = torch.randint(-(2**62), 2**62, (n_rows,), generator=generator)
+        asks = Asks(True, True, True, gap(logits, 0.5, 0.9), min(5, vocabulary), seed_N, 1000)
+    expected = direct_sums(logits, picks, asks)
+    top_N, exp_N = expected.top_N.float(), expected.exp_N.float().clamp(min=1.0)
+    weight_N = normal(n_rows)
+    if plain:
+        slopes = Slopes(top_N, weight_N / exp_N, None, None, None, -weight_N)
+    else:
+        parts = (
+            normal(n_rows) / exp_N,
+            normal(n_rows) / exp_N,
+            normal(n_rows) / exp_N,
+            normal(n_rows) / vocabulary,
+        )
+        slopes = Slopes(top_N, *parts, normal(len(row_P)))
+    return Case(logits, picks, asks, slopes)
+
+
+def gap(logits: Logits, low: float, high: float) -> Tensor:
+    """Per row a number between two quantiles and far from every logit: rounding decides nothing."""
+    z_NV = full_logits(logits)[0].sort(1).values
+    z_NV = z_NV[:, z_NV[0].isneginf().sum() :]
+    first, last = int(low * z_NV.shape[1]), int(high * z_NV.shape[1])
+    if last <= first + 1:
+        return (z_NV[:, 0] - 1).float()
+    widest_N1 = (z_NV[:, first + 1 : last] - z_NV[:, first : last - 1]).argmax(1, keepdim=True) + first
+    return ((z_NV.gather(1, widest_N1) + z_NV.gather(1, widest_N1 + 1)) / 2)[:, 0].float()
+
+
+def log_probs(sums: Sums, picks: Picks) -> Tensor:
+    """log p of the picks, from the sums."""
+    return sums.pick_P - sums.top_N[picks.row_P] - sums.exp_N.log()[picks.row_P]
+
+
+def all_tensors(case: Case) -> Iterator[Tensor]:
+    sums = ENGINE.sums(case.logits, case.picks, case.asks)
+    gradients = ENGINE.gradients(case.logits, case.picks, case.slopes, EVERYTHING)
+    yield from (tensor for tensor in (*sums, *gradients) if tensor is not None)
+
+
+@needs_native
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_errors_against_float64_are_within_the_bounds(
+    size: tuple[int, int, int], dtype: torch.dtype, plain: bool
+) -> None:
+    case = make(size, dtype, plain=plain)
+    assert ENGINE.refusal(case.logits) is None
+    sums = ENGINE.sums(case.logits, case.picks, case.asks)
+    expected = direct_sums(case.logits, case.picks, case.asks)
+    for name, wanted in expected._asdict().items():
+        found = getattr(sums, name)
+        assert (found is None) == (wanted is None), name
+        if wanted is None or name in ("drawn_N", "top_token_NK"):
+            continue
+        torch.testing.assert_close(
+            found.double(), wanted.double(), rtol=4e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    found_P, wanted_P = log_probs(sums, case.picks).double(), log_probs(expected, case.picks)
+    finite = wanted_P.isfinite()
+    assert torch.equal(finite, found_P.isfinite())
+    torch.testing.assert_close(found_P[finite], wanted_P[finite], rtol=0, atol=5e-6)
+    gradients = ENGINE.gradients(case.logits, case.picks, case.slopes, EVERYTHING)
+    for name, wanted in direct_gradients(case.logits, case.picks, case.slopes, EVERYTHING)._asdict().items():
+        found = getattr(gradients, name)
+        assert (found is None) == (wanted is None), name
+        if wanted is not None:
+            error, norm = float((found.double() - wanted).norm()), float(wanted.norm())
+            # One bf16 number alone is off by up to 4e-3, and here two roundings follow each other.
+            bound = 8e-3 if dtype == torch.bfloat16 and size[0] < 40 else GRADIENT_BOUND[dtype]
+            assert error <= bound * norm + 1e-7, (name, error / norm)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+def test_choices_are_the_best_there_are(dtype: torch.dtype) -> None:
+    """Draws and top lists, whatever rounding makes of near ties."""
+    case = make((130, 24, 3000), dtype, plain=False)
+    sums = ENGINE.sums(case.logits, case.picks, case.asks)
+    z_NV, _, allowed_NV = full_logits(case.logits)
+    z_NV = torch.where(allowed_NV, z_NV, -torch.inf)
+    assert case.asks.seed_N is not None and sums.drawn_N is not None and sums.top_token_NK is not None
+    keys_NV = z_NV + gumbel(case.asks.seed_N, torch.arange(3000) + case.asks.first_token, torch.float64)
+    chosen_N = keys_NV.gather(1, sums.drawn_N[:, None])[:, 0]
+    torch.testing.assert_close(chosen_N, keys_NV.amax(1), rtol=0, atol=2e-5)
+    chosen_NK = z_NV.gather(1, sums.top_token_NK)
+    torch.testing.assert_close(chosen_NK, z_NV.topk(5).values, rtol=0, atol=2e-5)
+    assert all(len(set(row.tolist())) == 5 for row in sums.top_token_NK)
+
+
+@needs_native
+def test_of_equal_logits_the_lower_token_comes_first() -> None:
+    h_ND, w_VD = torch.ones(3, 2), torch.ones(1500, 2)
+    logits = Logits(h_ND, w_VD, None, None, None, LogitRule())
+    sums = ENGINE.sums(logits, Picks(torch.arange(0), torch.arange(0)), Asks(top=4))
+    assert sums.top_token_NK is not None
+    assert sums.top_token_NK.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+def test_a_large_vocabulary_loses_nothing(dtype: torch.dtype) -> None:
+    case = make((40, 64, 128_256), dtype, plain=True)
+    expected = log_probs(direct_sums(case.logits, case.picks, case.asks), case.picks)
+    found = log_probs(ENGINE.sums(case.logits, case.picks, case.asks), case.picks)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    """Bitwise: who computes a tile does not matter, and sums are added up in one order."""
+    case = make((300, 48, 2000), dtype, plain=False)
+    alone = list(all_tensors(case))
+    torch.set_num_threads(3)
+    try:
+        together = list(all_tensors(case))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+FUSED = [
+    (torch.float32, EVERYTHING, True),
+    (torch.bfloat16, EVERYTHING, False),
+    (torch.bfloat16, Needs(True, False, True, False), True),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("rows_each", [32, 64, 96])
+@pytest.mark.parametrize(("dtype", "needs", "in_blocks"), FUSED)
+def test_the_fused_route_answers_as_the_two_passes(
+    dtype: torch.dtype, needs: Needs, in_blocks: bool, rows_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks whose logits are kept, or in one block without."""
+    n_rows, _, vocabulary = size = (130, 15, 400)
+    monkeypatch.setattr(_native, "_KEPT_BYTES", rows_each * vocabulary * 4)
+    monkeypatch.setattr(_native, "_FEWEST_ROWS", 1)
+    case = make(size, dtype, plain=False)
+    seen = []
+
+    def slopes_of(rows: slice, block: Sums, own: slice) -> Slopes:
+        seen.append((rows, own))
+        assert len(block.top_N) == rows.stop - rows.start
+        by_row = (None if part is None else part[rows] for part in case.slopes[:5])
+        return Slopes(*by_row, case.slopes.pick_P[own])  # type: ignore[arg-type]
+
+    assert ENGINE.prefers_fused(case.logits, needs) == in_blocks
+    sums, gradients = ENGINE.fused(case.logits, case.picks, case.asks, slopes_of, needs)
+    two_passes = ENGINE.gradients(case.logits, case.picks, case.slopes, needs)
+    for one, other in zip(sums, ENGINE.sums(case.logits, case.picks, case.asks), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+    for one, other in zip(gradients, two_passes, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert one.dtype == other.dtype and one.shape == other.shape
+            assert float((one - other).norm()) <= 1e-6 * float(other.norm())
+    each = math.ceil(n_rows / math.ceil(n_rows / rows_each)) if in_blocks else n_rows
+    rows = [slice(start, min(start + each, n_rows)) for start in range(0, n_rows, each)]
+    assert seen == [(block, slice(3 * block.start, 3 * block.stop)) for block in rows]
+
+
+@needs_native
+def test_fused_is_preferred_where_blocks_are_large() -> None:
+    def logits(vocabulary: int, dtype: torch.dtype) -> Logits:
+        h_ND, w_VD = torch.zeros(4096, 2, dtype=dtype), torch.zeros(vocabulary, 2, dtype=dtype)
+        return Logits(h_ND, w_VD, None, None, None, LogitRule())
+
+    frozen = Needs(True, False, False, False)
+    assert ENGINE.prefers_fused(logits(8192, torch.float32), EVERYTHING)
+    assert not ENGINE.prefers_fused(logits(128_256, torch.float32), EVERYTHING)
+    assert not ENGINE.prefers_fused(logits(8192, torch.bfloat16), EVERYTHING)
+    assert ENGINE.prefers_fused(logits(8192, torch.bfloat16), frozen)
+    assert not ENGINE.prefers_fused(logits(128_256, torch.bfloat16), frozen)
+
+
+@needs_native
+@pytest.mark.parametrize("needs", [Needs(True, False, False, False), Needs(False, True, False, False)])
+def test_only_what_is_needed_is_answered(needs: Needs) -> None:
+    case = make((70, 16, 400), torch.float32, plain=False)
+    some = ENGINE.gradients(case.logits, case.picks, case.slopes, needs)
+    every = ENGINE.gradients(case.logits, case.picks, case.slopes, EVERYTHING)
+    for want, one, other in zip((*needs, needs.low_rank), some, every, strict=True):
+        assert (one is not None) == want
+        assert one is None or torch.equal(one, other)
+
+
+@needs_native
+def test_any_layout_is_taken() -> None:
+    case = make((33, 10, 90), torch.bfloat16, plain=False)
+    odd = case.logits._replace(
+        h_ND=case.logits.h_ND.T.contiguous().T,
+        w_VD=torch.cat([case.logits.w_VD, case.logits.w_VD], 1)[:, :10],
+    )
+    assert odd.h_ND.stride(1) != 1 and odd.w_VD.stride(0) == 20
+    twisted = case._replace(logits=odd)
+    assert all(
+        torch.equal(one, other) for one, other in zip(all_tensors(case), all_tensors(twisted), strict=True)
+    )
+
+
+@needs_native
+def test_tokens_that_are_not_allowed_are_nowhere() -> None:
+    """A row of which nothing is left, and logits so far apart that exp is 0."""
+    h_ND, w_VD = torch.tensor([[1.0], [300.0], [2.0]]), torch.linspace(-1, 1, 40)[:, None]
+    floor_N = torch.tensor([-torch.inf, -torch.inf, 99.0])
+    logits = Logits(h_ND, w_VD, None, None, None, LogitRule(), floor_N)
+    picks = Picks(torch.tensor([0, 1, 2]), torch.tensor([0, 0, 7]))
+    asks = Asks(entropy=True, mean_logit=True, sum_sq=True)
+    sums, expected = ENGINE.sums(logits, picks, asks), direct_sums(logits, picks, asks)
+    for found, wanted in zip(sums, expected, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-6, atol=1e-3)
+    assert sums.exp_N[2] == 0 and sums.top_N[2] == torch.finfo(torch.float32).min
+    one_N = torch.ones(3)
+    slopes = Slopes(torch.zeros(3), one_N, one_N, None, one_N, one_N)
+    gradients = ENGINE.gradients(logits._replace(h_ND=h_ND / 300), picks, slopes, EVERYTHING)
+    assert gradients.dh_ND is not None and gradients.dh_ND[2] == 0
+
+
+def test_what_it_does_not_take_it_refuses() -> None:
+    wide, narrow, half = torch.zeros(2, 3), torch.zeros(2, 3).bfloat16(), torch.zeros(2, 3).half()
+    for h_ND, w_VD in [(wide, narrow), (half, half), (wide.double(), wide.double())]:
+        refusal = ENGINE.refusal(Logits(h_ND, w_VD, None, None, None, LogitRule()))
+        assert refusal is not None and "float32" in refusal
+    double_bias = Logits(wide, wide, torch.zeros(2).double(), None, None, LogitRule())
+    assert ENGINE.refusal(double_bias) is not None
+    elsewhere = wide.to("meta")
+    assert "CPU" in (ENGINE.refusal(Logits(elsewhere, elsewhere, None, None, None, LogitRule())) or "")
+
+
+def tried(monkeypatch: pytest.MonkeyPatch, **environment: str) -> _build.Status:
+    """What a process with this environment would find."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return _build._status.__wrapped__()
+
+
+needs_avx512 = pytest.mark.skipif(
+    sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512", reason="never built here"
+)
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tried(monkeypatch, GYRO_NATIVE="0")
+    assert not found.available and "GYRO_NATIVE" in found.reason
+
+
+def test_an_older_processor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert tried(monkeypatch).reason == "this processor has no AVX-512"
+
+
+@needs_avx512
+def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = tried(monkeypatch, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert not found.available and "no-such-compiler" in found.reason
+
+
+@needs_avx512
+def test_a_build_that_fails_is_a_reason_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compiler = script(tmp_path / "compiler", "echo 'native.cpp:1: no such header' >&2; exit 1")
+    cache = tmp_path / "cache"
+    found = tried(monkeypatch, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(cache))
+    assert not found.available and "compiler" in found.reason
+    assert "no such header" in found.detail
+    assert list(cache.iterdir()) == []
+    assert "once" in capfd.readouterr().err
+
+
+@needs_avx512
+def test_a_compiler_that_writes_nonsense_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = script(tmp_path / "compiler", 'for last; do :; done; echo nonsense > "$last"')
+    found = tried(monkeypatch, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    assert not found.available and "library" in found.reason
+
+
+@needs_native
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    """Both compile (here: wait, then copy), one's library stays, both use it."""
+    library = status().path
+    compiler = script(
+        tmp_path / "compiler",
+        f'for last; do :; done; echo . >> "{tmp_path}/runs"; sleep 4; cp "{library}" "$last"',
+    )
+    environment = os.environ | {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    program = "from gyrocompass.loss._native import status; print(status().available, status().path)"
+    command = [sys.executable, "-c", program]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate(timeout=120)[0].strip() for process in both]
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert answers == [f"True {folder / 'gyrocompass_native.so'}"] * 2
+    assert 1 <= len((tmp_path / "runs").read_text().split()) <= 2
+
+
+MEMORY = """
+import pathlib, torch
+from gyrocompass.loss._native import NativeBackend
+from gyrocompass.loss._question import *
+
+def ask(n_rows, width, vocabulary):
+    h, w = torch.ones(n_rows, width).bfloat16(), torch.ones(vocabulary, width).bfloat16()
+    row = torch.arange(n_rows)
+    logits = Logits(h, w, None, None, None, LogitRule())
+    picks = Picks(row, row)
+    number = lambda key: int(pathlib.Path("/proc/self/status").read_text().split(key)[1].split()[0])
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = number("VmRSS:")
+    sums = NativeBackend().sums(logits, picks, Asks(entropy=True))
+    slopes = Slopes(sums.top_N, 1 / sums.exp_N, None, None, None, -torch.ones(n_rows))
+    gradients = NativeBackend().gradients(logits, picks, slopes, Needs(True, True, False, False))
+    own = sum(tensor.numel() * tensor.element_size() for tensor in gradients if tensor is not None)
+    return (number("VmHWM:") - before) * 1024 - own
+
+torch.set_num_threads(1)
+ask(64, 64, 512)
+print(ask(1024, 64, 60_000))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset")
+def test_memory_beyond_the_gradients_is_small() -> None:
+    """1024 x 60,000 logits are 246 MB in float32."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 40e6
+
+
+def script(path: Path, body: str) -> Path:
+    """An executable shell script."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
