@@ -147,11 +147,12 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
             (ENGINE.sums(logits, picks, asks), ENGINE.gradients(logits, picks, slopes, EVERYTHING))
         )
     wanted = direct_gradients(logits, picks, slopes, EVERYTHING)
+    magnitudes = direct_gradients(logits, picks, slopes, EVERYTHING, magnitudes=True)
     for found, gradients in answers:
         conformance.assert_sums(found, expected, torch.float32, 1e-5)
         conformance.assert_same_choices(found, expected, logits, asks)
         assert torch.equal(found.drawn_N, expected.drawn_N)  # type: ignore[arg-type]
-        conformance.assert_gradients(gradients, wanted, logits)
+        conformance.assert_gradients(gradients, wanted, magnitudes, logits)
 
 
 @runs_kernels
