@@ -25,7 +25,7 @@ def test_packed_has_the_fields_of_a_batch() -> None:
 
     from gyrocompass.loss.signal import Batch
 
-    assert [*Packed._fields, "columns"] == [field.name for field in fields(Batch)]
+    assert [*Packed._fields] == [field.name for field in fields(Batch)]
 
 
 @settings(deadline=None, max_examples=150)
@@ -49,7 +49,8 @@ def test_every_counted_target_is_predicted_exactly_once(dataset: TokenDataset, l
 def test_layout(dataset: TokenDataset, length: int) -> None:
     batch = packed(dataset, length)
     assert batch.rows * length == len(batch.token_T)
-    assert [column.dtype.name for column in batch[:-1]] == ["int64"] * 7 + ["float32", "int64"]
+    columns = batch[: batch._fields.index("length")]
+    assert [column.dtype.name for column in columns] == ["int64"] * 7 + ["float32", "int64", "int64"]
     padding = batch.segment_T < 0
     for name in PADDED_COLUMNS:
         np.testing.assert_array_equal(getattr(batch, name) < 0, padding, err_msg=name)

@@ -140,5 +140,6 @@ def make_batch(n_tokens: int, vocabulary: int, seed: int, *, ignored_share: floa
         source_T=document_T % 2,
         weight_T=weight_T.masked_fill(ignored_T, 0.0),
         byte_T=torch.ones(n_tokens, dtype=torch.int64),
+        unit_T=document_T,
         length=max(n_tokens, 1),
     )

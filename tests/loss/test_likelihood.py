@@ -156,7 +156,7 @@ def test_golden_loss_is_torch_cross_entropy(backend: str, epsilon: float) -> Non
     batch.weight_T.copy_(batch.weight_T > 0)
     composite = parse_objectives(["nll" if epsilon == 0 else {"label_smoothing": {"epsilon": epsilon}}])
     log_probs = token_logprobs(h_TD, w_VD, batch.target_T, want=composite.wants, backend=backend)
-    loss = normalise(composite, [batch]).loss(composite(log_probs, batch), batch, step=0).loss
+    loss = normalise(composite, [batch]).loss(composite(log_probs, batch), batch).loss
     golden = F.cross_entropy(h_TD @ w_VD.T, batch.target_T, label_smoothing=epsilon)
     torch.testing.assert_close(loss, golden, rtol=1e-6, atol=1e-6)
     gradients = zip(
@@ -171,7 +171,7 @@ def test_reported_nll_is_not_touched_by_other_terms() -> None:
     entries = ["nll", {"z_loss": {"coefficient": 1.0}}, {"label_smoothing": {"epsilon": 0.5}}, {"focal": {}}]
     composite = parse_objectives(entries)
     log_probs = token_logprobs(*head(3), batch.target_T, want=composite.wants)
-    report = normalise(composite, [batch]).loss(composite(log_probs, batch), batch, step=0).report
+    report = normalise(composite, [batch]).loss(composite(log_probs, batch), batch).report
     counted_T = batch.weight_T > 0
     expected = (cross_entropy(head(3)[0] @ head(3)[1].T, batch) * batch.weight_T)[counted_T].sum()
     assert report["nll"].value_sum == pytest.approx(float(expected.detach()), rel=1e-12)

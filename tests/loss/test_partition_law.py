@@ -74,7 +74,7 @@ class Model:
         log_probs = token_logprobs(
             h_TD, self.w_VD, batch.target_T, want=composite.wants, candidate_TC=composite.candidates(batch)
         )
-        loss = normaliser.loss(composite(log_probs, batch), batch, STEP).loss
+        loss = normaliser.loss(composite(log_probs, batch), batch).loss
         loss.backward()
         return loss.item()
 
@@ -94,7 +94,8 @@ def rank_results(
     """What one rank adds: loss share and gradients of its micro-batches."""
     composite, model = COMPOSITE, Model(len(window.token_T), seed, dtype)
     micro_batches = [take(window, index_T) for index_T in split]
-    normaliser = normalise(composite, micro_batches, reduction=reduction, gather=gather)
+    weights = composite.weights(STEP)
+    normaliser = normalise(composite, micro_batches, weights, reduction=reduction, gather=gather)
     return model.results(sum(model.backward(composite, normaliser, window, index_T) for index_T in split))
 
 
@@ -166,9 +167,7 @@ def test_reduction_is_its_formula(reduction: Reduction) -> None:
     window = make_batch(40, VOCABULARY, seed=8)
     composite, model = parse_objectives(["nll"]), Model(40, 8, torch.float64)
     log_probs = token_logprobs(model.h_TD, model.w_VD, window.target_T)
-    loss = (
-        normalise(composite, [window], reduction=reduction).loss(composite(log_probs, window), window, 0).loss
-    )
+    loss = normalise(composite, [window], reduction=reduction).loss(composite(log_probs, window), window).loss
     weight_T = window.weight_T.double()
     weighted_T = -log_probs.logprob_T * weight_T
     group_T = {"sequence": window.document_T, "slice": window.slice_T}.get(reduction.by, torch.zeros(40))
@@ -195,7 +194,7 @@ def test_reports_add_up_and_weights_follow_the_schedule() -> None:
 
     def reduced(step: int, *parts: Tensor) -> tuple[float, dict[str, np.ndarray]]:
         batches = [take(window, index_T) for index_T in parts]
-        normaliser = normalise(composite, batches)
+        normaliser = normalise(composite, batches, composite.weights(step))
         loss, sums = 0.0, {name: np.zeros(3) for name in composite.names}
         for batch, index_T in zip(batches, parts, strict=True):
             candidate_TC = composite.candidates(batch)
@@ -206,7 +205,7 @@ def test_reports_add_up_and_weights_follow_the_schedule() -> None:
                 want=composite.wants,
                 candidate_TC=candidate_TC,
             )
-            share, report = normaliser.loss(composite(log_probs, batch), batch, step)
+            share, report = normaliser.loss(composite(log_probs, batch), batch)
             loss += share.item()
             sums = {name: sums[name] + np.array(report[name]) for name in sums}
         return loss, sums
@@ -236,7 +235,7 @@ def test_a_weight_that_depends_on_the_model_is_an_error() -> None:
         )
         log_probs = token_logprobs(model.h_TD, model.w_VD, window.target_T)
         with pytest.raises(BadInput, match="weight of the objective unsure_only depends on the model"):
-            normalise(composite, [window]).loss(composite(log_probs, window), window, 0)
+            normalise(composite, [window]).loss(composite(log_probs, window), window)
     finally:
         del OBJECTIVES["unsure_only"]
 
@@ -256,7 +255,7 @@ def test_terms_that_are_not_per_token() -> None:
             Model(8, 0, torch.float64),
         )
         terms = composite(token_logprobs(model.h_TD, model.w_VD, window.target_T), window)
-        loss = normalise(composite, [window]).loss(terms, window, 0).loss
+        loss = normalise(composite, [window]).loss(terms, window).loss
         value, weight = terms["neighbours"]
         torch.testing.assert_close(loss, (value * weight).sum() / weight.sum(), rtol=1e-6, atol=0)
         with pytest.raises(BadInput, match="4 entries for 8 tokens cannot be reduced by sequence"):

@@ -245,14 +245,14 @@ def test_packing_fails_where_attention_crosses_segments(
 class NormalisedByMicroBatch:
     """A mean within each micro-batch, averaged over them: what a window must not be."""
 
-    def __init__(self, composite: Any, batches: list[Batch], **options: Any) -> None:
+    def __init__(self, composite: Any, batches: list[Batch], weights: Any, **options: Any) -> None:
         self.own: list[tuple[Batch, Normaliser]] = [
-            (batch, normalise(composite, [batch], **options)) for batch in batches
+            (batch, normalise(composite, [batch], weights, **options)) for batch in batches
         ]
 
-    def loss(self, terms: Any, batch: Batch, step: int) -> Reduced:
+    def loss(self, terms: Any, batch: Batch) -> Reduced:
         normaliser = next(own for known, own in self.own if known is batch)
-        reduced = normaliser.loss(terms, batch, step)
+        reduced = normaliser.loss(terms, batch)
         return Reduced(reduced.loss / len(self.own), reduced.report)
 
 

@@ -2,13 +2,14 @@
 
     TokenDataset --Sampler--> Packed, Packed, ...      one window (all micro-batches of one step) at a time
 
-Each slice has its own endless order of pieces: one permutation after the other. The next piece comes from the
-slice that has had the least for its share, the smallest drawn_tokens / weight (stride scheduling, Waldspurger
-and Weihl 1995), so that the drawn mixture is never further from the weights than a piece. Without given
-weights a slice weighs its own tokens; then all slices reach the end of their permutations together and an
-epoch holds each piece exactly once. With given weights an epoch is as many tokens, of whatever slices.
+Each slice has its own endless order of bundles (a piece, or the pieces of a unit that is read together): one
+permutation after the other. The next bundle comes from the slice that has had the least for its share, the
+smallest drawn_tokens / weight (stride scheduling, Waldspurger and Weihl 1995), so that the drawn mixture is
+never further from the weights than a bundle. Without given weights a slice weighs its own tokens; then all
+slices reach the end of their permutations together and an epoch holds each piece exactly once. With given
+weights an epoch is as many tokens, of whatever slices.
 
-Pieces are drawn in blocks, packed block by block, and the rows of a block are shuffled: packing sorts by
+Bundles are drawn in blocks, packed block by block, and the rows of a block are shuffled: packing sorts by
 length, and a step should not hold long documents alone.
 
 All of it is a function of dataset, config and the number of rows given: the state is a few integers, the
@@ -29,7 +30,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from gyrocompass.core.config import Config, canonical_json
 from gyrocompass.core.errors import BadInput, did_you_mean
-from gyrocompass.data.pack import Int64Array, Packed, assemble, cut, pack
+from gyrocompass.data.pack import Int64Array, Packed, assemble, bundle, cut, pack
 from gyrocompass.data.tokens import TokenDataset
 
 BLOCK_ROWS = 256
@@ -60,7 +61,7 @@ class _Drawn:
     """How far each slice's order has been read when a block begins."""
 
     block: int
-    pieces_S: tuple[int, ...]
+    bundles_S: tuple[int, ...]
     tokens_S: tuple[int, ...]
 
 
@@ -83,10 +84,12 @@ class Sampler:
         self.pieces = cut(dataset, config.length)
         if self.pieces.n_pieces == 0:
             raise BadInput("the dataset has no token that counts", fix="check its sources and its masks")
-        slice_P = dataset.slice_D[self.pieces.document_P]
+        self.bundles = bundle(dataset, self.pieces, config.length)
+        self._length_B = np.add.reduceat(self.pieces.length_P, self.bundles[:-1])
+        slice_B = dataset.slice_D[self.pieces.document_P[self.bundles[:-1]]]
         n_slices = len(dataset.slice_names)
-        self._pieces_by_slice = [np.flatnonzero(slice_P == index) for index in range(n_slices)]
-        self._tokens_S = np.bincount(slice_P, self.pieces.length_P, n_slices).astype(np.int64)
+        self._bundles_by_slice = [np.flatnonzero(slice_B == index) for index in range(n_slices)]
+        self._tokens_S = np.bincount(slice_B, self._length_B, n_slices).astype(np.int64)
         self._weight_S = _slice_weights(config.slice_weights, dataset.slice_names, self._tokens_S)
         self.tokens_per_epoch = int(self._tokens_S[self._weight_S > 0].sum())
         self._orders: dict[int, tuple[int, Int64Array]] = {}
@@ -132,7 +135,7 @@ class Sampler:
         return {
             "fingerprint": self._fingerprint(),
             "block": self._before.block,
-            "pieces": list(self._before.pieces_S),
+            "bundles": list(self._before.bundles_S),
             "tokens": list(self._before.tokens_S),
             "row": self._row,
         }
@@ -148,21 +151,27 @@ class Sampler:
                 "the saved data position belongs to other data or another sampler config",
                 fix="resume with the tokens and the sampler config it was saved with",
             )
-        self._begin(_Drawn(state["block"], tuple(state["pieces"]), tuple(state["tokens"])), state["row"])
+        self._begin(_Drawn(state["block"], tuple(state["bundles"]), tuple(state["tokens"])), state["row"])
 
     def _begin(self, drawn: _Drawn, row: int) -> None:
         """Draw and pack the block that begins at `drawn`, and stand before its given row."""
-        piece_B, self._after = self._draw(drawn)
-        rows = pack(self.pieces.length_P[piece_B], self.config.length)
+        drawn_B, self._after = self._draw(drawn)
+        rows = pack(self._length_B[drawn_B], self.config.length)
         order = np.random.default_rng([self.config.seed, drawn.block, 1]).permutation(len(rows))
-        self._rows = [[int(piece_B[index]) for index in rows[place]] for place in order]
+        self._rows = [
+            [piece for index in rows[place] for piece in self._pieces_of(int(drawn_B[index]))]
+            for place in order
+        ]
         self._before, self._row = drawn, row
 
+    def _pieces_of(self, drawn: int) -> range:
+        """The pieces of a bundle."""
+        return range(int(self.bundles[drawn]), int(self.bundles[drawn + 1]))
+
     def _draw(self, drawn: _Drawn) -> tuple[Int64Array, _Drawn]:
-        """The pieces of the block that begins at `drawn`, and where the next one begins."""
-        pieces, tokens = list(drawn.pieces_S), list(drawn.tokens_S)
+        """The bundles of the block that begins at `drawn`, and where the next one begins."""
+        bundles, tokens = list(drawn.bundles_S), list(drawn.tokens_S)
         weights: list[float] = self._weight_S.tolist()
-        lengths = self.pieces.length_P
         queue = [(tokens[s] / weights[s], s) for s in range(len(weights)) if weights[s] > 0]
         heapq.heapify(queue)
         left = max(BLOCK_ROWS, self.config.rows_per_step) * self.config.length
@@ -171,18 +180,18 @@ class Sampler:
         block: list[int] = []
         while left > 0:
             s = queue[0][1]
-            piece = self._piece(s, pieces[s])
-            size = int(lengths[piece])
-            block.append(piece)
-            pieces[s] += 1
+            number = self._bundle(s, bundles[s])
+            size = int(self._length_B[number])
+            block.append(number)
+            bundles[s] += 1
             tokens[s] += size
             left -= size
             heapq.heapreplace(queue, (tokens[s] / weights[s], s))
-        return np.array(block, np.int64), _Drawn(drawn.block + 1, tuple(pieces), tuple(tokens))
+        return np.array(block, np.int64), _Drawn(drawn.block + 1, tuple(bundles), tuple(tokens))
 
-    def _piece(self, s: int, nth: int) -> int:
-        """The nth piece of a slice's endless order."""
-        own = self._pieces_by_slice[s]
+    def _bundle(self, s: int, nth: int) -> int:
+        """The nth bundle of a slice's endless order."""
+        own = self._bundles_by_slice[s]
         epoch, place = divmod(nth, len(own))
         if self._orders.get(s, (-1,))[0] != epoch:
             permutation = np.random.default_rng([self.config.seed, s, epoch, 2]).permutation(own)
@@ -197,7 +206,7 @@ class Sampler:
         """A hash of all that the order depends on."""
         digest = hashlib.sha256(canonical_json(self.config).encode())
         digest.update(canonical_json([self.dataset.slice_names, self.dataset.document_ids]).encode())
-        for column in self.pieces:
+        for column in (*self.pieces, self.bundles):
             digest.update(column.tobytes())
         return digest.hexdigest()[:16]
 

@@ -9,6 +9,11 @@ split draws: documents of one group are not independent, and intervals are clust
 the bytes of text it stands for (bits per byte are exact sums) and its weight as a target (0: context alone,
 as a prompt is).
 
+Whatever else an objective reads is a named column: one number per token (a reference's log-probability, an
+advantage), which like the weight belongs to the token as a target, or one number per document (a side of a
+pair, a margin). Rows of one unit, such as the two sides of a pair, are read together: packing keeps them side
+by side.
+
 The first token of a document is never a target: its weight is 0. The dataset is held in memory, 12 bytes per
 token; larger than memory is left out.
 
@@ -17,10 +22,11 @@ Shape legend: N tokens of all documents, D documents, S slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,6 +54,9 @@ TOKEN_SCHEMA = pa.schema(
         ("byte_counts", pa.list_(pa.int32())),
         ("weights", pa.list_(pa.float32())),
         ("group", pa.string()),
+        ("unit", pa.string()),
+        ("columns", pa.map_(pa.string(), pa.list_(pa.float32()))),
+        ("labels", pa.map_(pa.string(), pa.float32())),
     ]
 )
 
@@ -69,6 +78,12 @@ class TokenRow(NamedTuple):
     """The weight of each token as a target; the first is written as 0."""
     group: str = ""
     """What a split draws as one (the document's `split_key`); "": the document is a group of its own."""
+    unit: str = ""
+    """What is read together: rows of one unit follow each other; "": the row is a unit of its own."""
+    columns: Mapping[str, Sequence[float] | FloatArray] = MappingProxyType({})
+    """Numbers per token by name, as long as `ids`: each belongs to the token as a target."""
+    labels: Mapping[str, float] = MappingProxyType({})
+    """Numbers of the whole document by name."""
 
 
 @dataclass
@@ -205,8 +220,16 @@ def _table(rows: Sequence[TokenRow], counts: TokenCounts) -> pa.Table:
             for values in (dataset.id_N, dataset.byte_N, dataset.weight_N)
         ),
         pa.array(dataset.groups, pa.string()),
+        pa.array([row.unit for row in rows], pa.string()),
+        pa.array([_columns(row) for row in rows], TOKEN_SCHEMA.field("columns").type),
+        pa.array([list(row.labels.items()) for row in rows], TOKEN_SCHEMA.field("labels").type),
     ]
     return pa.Table.from_arrays(columns, schema=TOKEN_SCHEMA)
+
+
+def _columns(row: TokenRow) -> list[tuple[str, Any]]:
+    """The columns of a row, as Arrow takes a mapping."""
+    return [(name, np.asarray(values, np.float32)) for name, values in row.columns.items()]
 
 
 @dataclass(frozen=True)
@@ -232,6 +255,14 @@ class TokenDataset:
     """Sorted."""
     source_names: tuple[str, ...]
     """Sorted."""
+    unit_D: IntArray
+    """int32, ascending: documents with one number are read together."""
+    whole_D: npt.NDArray[np.bool_]
+    """Whether a document is of a named unit: such a one is never cut."""
+    columns: Mapping[str, FloatArray] = field(default_factory=dict)
+    """float32 [N] by name; NaN where a document has no such column."""
+    labels: Mapping[str, FloatArray] = field(default_factory=dict)
+    """float32 [D] by name; NaN where a document has no such label."""
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow]) -> TokenDataset:
@@ -243,15 +274,18 @@ class TokenDataset:
         (1, 4, 3)
         """
         rows = list(rows)
+        lengths = [len(row.ids) for row in rows]
+        for row in rows:
+            for name, values in row.columns.items():
+                assert len(values) == len(row.ids), f"column {name} of {row.document_id}"
         return cls._build(
             [_flat([row.ids for row in rows], np.int32)],
             [_flat([row.byte_counts for row in rows], np.int32)],
             [_flat([row.weights for row in rows], np.float32)],
-            [np.array([len(row.ids) for row in rows], np.int64)],
-            [row.document_id for row in rows],
-            [row.group for row in rows],
-            [row.slice for row in rows],
-            [row.source for row in rows],
+            [np.array(lengths, np.int64)],
+            _Names(*([getattr(row, name) for row in rows] for name in _Names._fields)),
+            _columns_of(lengths, [row.columns for row in rows]),
+            _labels_of([row.labels for row in rows]),
         )
 
     @classmethod
@@ -271,10 +305,14 @@ class TokenDataset:
             [chunk["byte_counts"].flatten().to_numpy() for chunk in chunks],
             [chunk["weights"].flatten().to_numpy() for chunk in chunks],
             [chunk["ids"].value_lengths().to_numpy().astype(np.int64) for chunk in chunks],
-            [name for chunk in chunks for name in chunk["document_id"].to_pylist()],
-            [name for chunk in chunks for name in chunk["group"].to_pylist()],
-            [name for chunk in chunks for name in chunk["slice"].to_pylist()],
-            [name for chunk in chunks for name in chunk["source"].to_pylist()],
+            _Names(*([n for chunk in chunks for n in chunk[name].to_pylist()] for name in _Names._fields)),
+            _columns_of(
+                np.concatenate(
+                    [np.empty(0, np.int64), *(c["ids"].value_lengths().to_numpy() for c in chunks)]
+                ),
+                [dict(row or ()) for chunk in chunks for row in chunk["columns"].to_pylist()],
+            ),
+            _labels_of([dict(row or ()) for chunk in chunks for row in chunk["labels"].to_pylist()]),
         )
 
     @classmethod
@@ -284,10 +322,9 @@ class TokenDataset:
         byte_counts: list[IntArray],
         weights: list[FloatArray],
         lengths: list[IntArray],
-        document_ids: list[str],
-        groups: Sequence[str | None],
-        slices: list[str],
-        sources: list[str],
+        names: _Names,
+        columns: Mapping[str, FloatArray],
+        labels: Mapping[str, FloatArray],
     ) -> TokenDataset:
         id_N = np.concatenate([np.empty(0, np.int32), *ids])
         byte_N = np.concatenate([np.empty(0, np.int32), *byte_counts])
@@ -298,20 +335,48 @@ class TokenDataset:
         assert np.all(length_D > 0), "a document without tokens"
         assert np.all(np.isfinite(weight_N)) and np.all(weight_N >= 0), "weights are finite and not negative"
         weight_N[offset_D[:-1]] = 0
-        slice_names, slice_D = _index(slices)
-        source_names, source_D = _index(sources)
+        slice_names, slice_D = _index(names.slice)
+        source_names, source_D = _index(names.source)
         return cls(
             id_N,
             byte_N,
             weight_N,
             offset_D,
-            tuple(document_ids),
-            tuple(group or own for group, own in zip(groups, document_ids, strict=True)),
+            tuple(names.document_id),
+            tuple(group or own for group, own in zip(names.group, names.document_id, strict=True)),
             slice_D,
             source_D,
             slice_names,
             source_names,
+            _units(names.unit),
+            np.array([bool(unit) for unit in names.unit], np.bool_),
+            columns,
+            labels,
         )
+
+    def with_column(self, name: str, values_N: FloatArray) -> TokenDataset:
+        """The dataset with one more column, or with one put in the place of an old one."""
+        assert values_N.shape == self.id_N.shape, "a column has a number per token"
+        return replace(self, columns={**self.columns, name: values_N.astype(np.float32)})
+
+    def rows(self) -> Iterator[TokenRow]:
+        """The documents again, as they were written."""
+        for d, document_id in enumerate(self.document_ids):
+            own = slice(int(self.offset_D[d]), int(self.offset_D[d + 1]))
+            columns = {name: values[own] for name, values in self.columns.items()}
+            labels = {name: float(values[d]) for name, values in self.labels.items()}
+            yield TokenRow(
+                document_id,
+                self.slice_names[self.slice_D[d]],
+                self.source_names[self.source_D[d]],
+                self.id_N[own],
+                self.byte_N[own],
+                self.weight_N[own],
+                self.groups[d],
+                f"unit-{self.unit_D[d]}" if self.whole_D[d] else "",
+                {name: values for name, values in columns.items() if not np.isnan(values).all()},
+                {name: value for name, value in labels.items() if not np.isnan(value)},
+            )
 
     @property
     def n_documents(self) -> int:
@@ -340,6 +405,43 @@ class TokenDataset:
         slice_N = np.repeat(self.slice_D, np.diff(self.offset_D))
         counted_S = np.bincount(slice_N[chosen_N], minlength=len(self.slice_names))
         return dict(zip(self.slice_names, counted_S.tolist(), strict=True))
+
+
+class _Names(NamedTuple):
+    """The names of all documents, column by column; the fields are those of the schema."""
+
+    document_id: list[str]
+    slice: list[str]
+    source: list[str]
+    group: list[str | None]
+    unit: list[str | None]
+
+
+def _units(names: Sequence[str | None]) -> IntArray:
+    """The number of each row's unit: rows that follow each other under one name share it."""
+    begins_D = np.array(
+        [not name or name != before for name, before in zip(names, [None, *names], strict=False)], np.bool_
+    )
+    return (np.cumsum(begins_D) - 1).astype(np.int32)
+
+
+def _columns_of(
+    lengths: Sequence[int] | IntArray, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, FloatArray]:
+    """Each column over all tokens; NaN in a row without it."""
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64))])
+    found: dict[str, FloatArray] = {}
+    for row, columns in enumerate(rows):
+        for name, values in columns.items():
+            if name not in found:
+                found[name] = np.full(int(offsets[-1]), np.nan, np.float32)
+            found[name][offsets[row] : offsets[row + 1]] = values
+    return dict(sorted(found.items()))
+
+
+def _labels_of(rows: Sequence[Mapping[str, float]]) -> dict[str, FloatArray]:
+    """Each label over all documents; NaN in a row without it."""
+    return _columns_of([1] * len(rows), [{name: [v] for name, v in row.items()} for row in rows])
 
 
 def _flat(parts: Sequence[Sequence[float] | IntArray | FloatArray], dtype: type[Any]) -> Any:

@@ -27,7 +27,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ from gyrocompass.loss._backends import backend_for
 from gyrocompass.loss._chunked import _Totals
 from gyrocompass.loss._question import Asks, LogitRule, Logits, Needs, Picks
 from gyrocompass.loss._tiles import Tiles
+from gyrocompass.loss.signal import Kind
 
-Kind = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

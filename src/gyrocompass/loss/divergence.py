@@ -29,8 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.loss._question import LogitRule, Logits
-from gyrocompass.loss._two_heads import KINDS, Kind, Measure, between_heads, first_only
+from gyrocompass.loss._two_heads import KINDS, Measure, between_heads, first_only
 from gyrocompass.loss.logprob import token_logprobs
+from gyrocompass.loss.signal import Kind
 
 
 class Head(NamedTuple):

@@ -30,7 +30,7 @@ from gyrocompass.core.config import Config, parse
 from gyrocompass.core.errors import ConfigError, did_you_mean
 from gyrocompass.loss import likelihood as likelihood  # its objectives register themselves
 from gyrocompass.loss.registry import OBJECTIVES, Registered
-from gyrocompass.loss.signal import Batch, Terms, TokenLogProbs
+from gyrocompass.loss.signal import Batch, Divergence, Terms, TokenLogProbs
 
 
 class Ramp(Config):
@@ -83,6 +83,12 @@ class Part:
         find = self.registered.candidates
         return None if find is None else find(batch, **self.parameters)
 
+    @property
+    def divergence(self) -> Divergence | None:
+        """The divergence from a teacher this objective reads, if it reads one."""
+        choose = self.registered.divergence
+        return None if choose is None else choose(**self.parameters)
+
 
 @dataclass(frozen=True)
 class Composite:
@@ -109,6 +115,16 @@ class Composite:
         """Whether every part is separable per token, and with them any weighted sum of the terms."""
         return all(part.registered.separable for part in self.parts)
 
+    @property
+    def whole_window(self) -> bool:
+        """Whether a part must see all of a window at once."""
+        return any(part.registered.whole_window for part in self.parts)
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        """The divergences from a teacher that the parts read, in their order."""
+        return tuple(asked for part in self.parts if (asked := part.divergence) is not None)
+
     def candidates(self, batch: Batch) -> Tensor | None:
         """What to pass to `token_logprobs` as `candidate_TC`: int64 [T, C], or None if no part asks."""
         asked = [candidate_TC for part in self.parts if (candidate_TC := part.candidates(batch)) is not None]
@@ -117,15 +133,19 @@ class Composite:
     def __call__(self, log_probs: TokenLogProbs, batch: Batch) -> dict[str, Terms]:
         """The terms of each part, by name; `log_probs` holds `wants` and `candidates(batch)`."""
         terms: dict[str, Terms] = {}
-        column = 0
+        column = taught = 0
         for part in self.parts:
             seen, candidate_TC = log_probs, part.candidates(batch)
+            if part.divergence is not None:
+                assert log_probs.divergence_TK is not None, "ask log_probs for composite.divergences"
+                seen = seen._replace(divergence_TK=log_probs.divergence_TK[:, taught : taught + 1])
+                taught += 1
             if candidate_TC is not None:
                 assert log_probs.candidate_TC is not None, (
                     "ask token_logprobs for composite.candidates(batch)"
                 )
                 columns = slice(column, column := column + candidate_TC.shape[1])
-                seen = log_probs._replace(candidate_TC=log_probs.candidate_TC[:, columns])
+                seen = seen._replace(candidate_TC=log_probs.candidate_TC[:, columns])
             terms[part.name] = part.registered.function(seen, batch, **part.parameters)
         return terms
 

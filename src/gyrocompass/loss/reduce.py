@@ -2,8 +2,8 @@
 
     window = all micro-batches of all ranks that one optimizer step sees
 
-    normalise(composite, micro-batches, gather) -> Normaliser       before the first forward pass
-    Normaliser.loss(terms, batch, step)         -> this micro-batch's share of the loss
+    normalise(composite, micro-batches, weights, gather) -> Normaliser     before the first forward pass
+    Normaliser.loss(terms, batch)                        -> this micro-batch's share of the loss
 
 For each objective, with value v, weight w and the weight W of a group over the whole window,
 
@@ -22,7 +22,7 @@ Shape legend: T tokens (or pairs, or groups: one entry per term), G groups, T an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -89,15 +89,16 @@ class Normaliser:
 
     composite: Composite
     reduction: Reduction
+    weights: Mapping[str, float]
+    """Of each objective in the loss."""
     groups: dict[str, GroupWeights]
 
-    def loss(self, terms: dict[str, Terms], batch: Batch, step: int) -> Reduced:
+    def loss(self, terms: dict[str, Terms], batch: Batch) -> Reduced:
         """Reduce a micro-batch's terms to its share of the window's loss.
 
         Args:
             terms: the composite's answer for the batch.
             batch: one of the micro-batches that were given to `normalise`.
-            step: the optimizer step, for scheduled weights.
 
         Returns:
             `Reduced`: the share (0, still differentiable, where nothing counts) and the sums.
@@ -112,13 +113,12 @@ class Normaliser:
                     f"the weight of the objective {name} depends on the model's log-probabilities",
                     fix="let its weight depend on the batch alone, and multiply the rest into its value",
                 )
-        return Reduced(self.share(terms, batch, step), {name: _tally(*term) for name, term in terms.items()})
+        return Reduced(self.share(terms, batch), {name: _tally(*term) for name, term in terms.items()})
 
-    def share(self, terms: dict[str, Terms], batch: Batch, step: int) -> Tensor:
+    def share(self, terms: dict[str, Terms], batch: Batch) -> Tensor:
         """The share of the loss alone, as `loss` has it."""
-        weights = self.composite.weights(step)
         shares = [
-            weights[name] * (value * self._coefficients(name, weight, batch).to(value)).sum()
+            self.weights[name] * (value * self._coefficients(name, weight, batch).to(value)).sum()
             for name, (value, weight) in terms.items()
         ]
         return torch.stack(shares).sum()
@@ -145,6 +145,7 @@ def one_process(values: Tensor) -> Tensor:
 def normalise(
     composite: Composite,
     batches: Sequence[Batch],
+    weights: Mapping[str, float] | None = None,
     *,
     reduction: Reduction | None = None,
     gather: Gather = one_process,
@@ -154,6 +155,7 @@ def normalise(
     Args:
         composite: the objectives.
         batches: this rank's micro-batches of the window; may be none.
+        weights: of the objectives, by name; those of the composite's first step if not given.
         reduction: by token if not given.
         gather: concatenates over ranks; called once per objective, on every rank alike.
 
@@ -165,16 +167,16 @@ def normalise(
     groups: dict[str, GroupWeights] = {}
     for name in composite.names:
         keys = [_group_keys(reduction, w[name], batch).cpu() for w, batch in zip(known, batches, strict=True)]
-        weights = [w[name].double().cpu() for w in known]
+        entries = [w[name].double().cpu() for w in known]
         key_T = torch.cat([torch.empty(0, dtype=torch.int64), *keys])
-        weight_T = torch.cat([torch.empty(0, dtype=torch.float64), *weights])
+        weight_T = torch.cat([torch.empty(0, dtype=torch.float64), *entries])
         mine = _sum_by_key(key_T, weight_T)
         # Keys count documents, slices: far below 2^53, so they pass through float64 unchanged.
         key_R, weight_R = (
             gather(torch.stack([mine.key_G.double(), mine.weight_G], dim=1).flatten()).view(-1, 2).T
         )
         groups[name] = _sum_by_key(key_R.long(), weight_R)
-    return Normaliser(composite, reduction, groups)
+    return Normaliser(composite, reduction, composite.weights(0) if weights is None else weights, groups)
 
 
 def _sum_by_key(key: Tensor, weight: Tensor) -> GroupWeights:
@@ -211,6 +213,9 @@ def _known_weights(composite: Composite, batch: Batch) -> dict[str, Tensor]:
         sum_sq_T=zero_T,
         rank_T=zero_T.long(),
         candidate_TC=None if candidate_TC is None else zero_T[:, None].expand(candidate_TC.shape),
+        scalar_T=zero_T,
+        divergence_TK=zero_T[:, None].expand(-1, len(composite.divergences)),
+        hidden_TD=zero_T[:, None],
     )
     with torch.no_grad():
         return {name: term.weight for name, term in composite(zeros, batch).items()}

@@ -20,7 +20,7 @@ from pydantic import create_model
 from torch import Tensor
 
 from gyrocompass.core.config import Config
-from gyrocompass.loss.signal import Terms
+from gyrocompass.loss.signal import Divergence, Terms
 
 F = TypeVar("F", bound=Callable[..., Terms])
 
@@ -36,6 +36,11 @@ class Registered:
     """The statistics of `TokenLogProbs` it reads besides logprob and lse."""
     candidates: Callable[..., Tensor] | None
     """(batch, **parameters) -> candidate_TC, for objectives about tokens other than the target."""
+    divergence: Callable[..., Divergence] | None
+    """(**parameters) -> the divergence from a teacher that it reads, as `divergence_TK[:, 0]`."""
+    whole_window: bool
+    """Whether its terms depend on each other across micro-batches and ranks: it is then evaluated on the
+    whole window at once, at the cost of one more forward pass where the window is split."""
     parameters: type[Config]
     separable: bool
     """Whether each token's value depends on that token's log-probabilities alone, given the batch."""
@@ -48,13 +53,17 @@ def objective(
     *,
     wants: Collection[str] = (),
     candidates: Callable[..., Tensor] | None = None,
+    divergence: Callable[..., Divergence] | None = None,
+    whole_window: bool = False,
     separable: bool = False,
 ) -> Callable[[F], F]:
     """Register a function under its own name; it stays callable as it is.
 
     Args:
-        wants: the statistics it reads besides `logprob_T` and `lse_T`.
+        wants: the statistics it reads besides `logprob_T` and `lse_T`; "scalar" and "hidden" too.
         candidates: what names the candidate tokens it reads; takes the batch and the same parameters.
+        divergence: which divergence from a teacher it reads; takes the same parameters.
+        whole_window: its terms are not a function of one unit alone (negatives, sorting, ranking).
         separable: each token's value depends on that token's log-probabilities alone, given the batch: its
             gradient may be computed in the forward pass. (Said wrongly, it costs time, never exactness.)
     """
@@ -72,7 +81,9 @@ def objective(
         }
         assert not {"weight", "name"} & set(fields), f"{name}: the keys weight and name belong to the entry"
         model = create_model(f"{name}_parameters", __base__=Config, **fields)
-        OBJECTIVES[name] = Registered(name, function, frozenset(wants), candidates, model, separable)
+        OBJECTIVES[name] = Registered(
+            name, function, frozenset(wants), candidates, divergence, whole_window, model, separable
+        )
         return function
 
     return register

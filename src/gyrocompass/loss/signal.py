@@ -13,12 +13,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from gyrocompass.core.errors import BadInput
+
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
+"""The divergences there are."""
+
 IGNORE_INDEX = -100
 """The target of a position that predicts nothing."""
+
+COLUMN_SOURCES: Mapping[str, str] = {
+    "reference_logprob": "score the data with the reference first: a stage of kind reference",
+    "side": "give preference records: prompt, chosen, rejected",
+    "desirable": "give records with a label: prompt, completion, label",
+    "advantage": "train on rollouts, which bring advantages",
+    "rollout_logprob": "train on rollouts, which bring their sampler's log-probabilities",
+}
+"""Where a column comes from, for those who miss it."""
 
 
 class TokenLogProbs(NamedTuple):
@@ -47,6 +61,12 @@ class TokenLogProbs(NamedTuple):
     """int64: their tokens."""
     drawn_T: Tensor | None = None
     """int64: a token drawn from the distribution."""
+    scalar_T: Tensor | None = None
+    """What the model's scalar head says at each position: a reward, a value."""
+    divergence_TK: Tensor | None = None
+    """The divergences from a teacher that were asked for, one column each; 0 where not counted."""
+    hidden_TD: Tensor | None = None
+    """The hidden states themselves, for objectives about whole texts."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +95,40 @@ class Batch:
     """float32, >= 0: the weight of each prediction."""
     byte_T: Tensor
     """int64: how many bytes of text the target stands for (0 for special tokens and padding)."""
+    unit_T: Tensor
+    """int64: index of the unit, such as a pair, whose segments share a micro-batch; -1 for padding."""
     length: int
     """Tokens in a row."""
     columns: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    """Whatever else an objective names: reference log-probs, advantages, pair ids, rewards."""
+    """Whatever else an objective names, float [T], NaN where there is none: reference log-probs, advantages.
+    A number of a whole document (a side of a pair, a margin) stands at each of its positions."""
+
+    def column(self, name: str, at_T: Tensor) -> Tensor:
+        """A column where it is read (`at_T`, bool), 0 elsewhere: what is not read reaches no gradient.
+
+        Raises:
+            BadInput: there is no such column, or it has no number at a place where it is read.
+        """
+        if name not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise BadInput(f"the data has no column {name!r}; it has: {known}", fix=COLUMN_SOURCES.get(name))
+        values_T = self.columns[name]
+        missing_T = at_T & ~values_T.isfinite()
+        if missing_T.any():
+            place = int(missing_T.nonzero()[0])
+            raise BadInput(
+                f"the column {name!r} has no finite number at {int(missing_T.sum())} of "
+                f"{int(at_T.sum())} positions; the first is of document number {int(self.document_T[place])}",
+                fix=COLUMN_SOURCES.get(name),
+            )
+        return values_T.masked_fill(~at_T, 0.0)
+
+
+class Divergence(NamedTuple):
+    """A divergence from a teacher that an objective asks for; see `gyrocompass.loss.divergence`."""
+
+    kind: Kind
+    beta: float = 0.5
 
 
 class Terms(NamedTuple):

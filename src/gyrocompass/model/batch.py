@@ -28,5 +28,7 @@ def to_batch(packed: Packed, device: torch.device | str = "cpu") -> Batch:
         source_T=tensor(packed.source_T),
         weight_T=tensor(packed.weight_T),
         byte_T=tensor(packed.byte_T),
+        unit_T=tensor(packed.unit_T),
         length=packed.length,
+        columns={name: tensor(column) for name, column in packed.columns.items()},
     )

@@ -31,6 +31,8 @@ from transformers.utils import logging as transformers_logging
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.model.head import ATTENTIONS
 from gyrocompass.model.lora import is_adapted, merged
+from gyrocompass.model.scalar_head import FILE as SCALAR_HEAD
+from gyrocompass.model.scalar_head import load_scalar_head, save_scalar_head, without_scalar_head
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LEGACY_KEYS = frozenset({"model_type", "rope_theta", "rope_scaling"})
@@ -67,6 +69,7 @@ def load_causal_lm(
         )
     _check_complete(folder, report)
     loaded: nn.Module = model.to(device)
+    load_scalar_head(loaded, folder)
     return loaded.eval()
 
 
@@ -114,11 +117,13 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
 
     Tied weights are written once and tied again on loading. A model with LoRA is written with its update
     merged into the weights (rounded to their dtype), and stays as it is itself; `lora.save_adapter` writes
-    the update alone.
+    the update alone. A scalar head is written beside them.
     """
-    whole: Any = merged(model) if is_adapted(model) else model
-    with _quiet():
+    with without_scalar_head(model) as head, _quiet():
+        whole: Any = merged(model) if is_adapted(model) else model
         whole.save_pretrained(folder)
+    if head is not None:
+        save_scalar_head(head, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -184,7 +189,7 @@ def _config_class(fields: Mapping[str, Any], where: Path | str) -> Any:
 
 def _check_weight_files(folder: Path) -> None:
     """Refuse pickles, and safetensors files that are absent or cut short."""
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.name != SCALAR_HEAD)
     if not paths:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:

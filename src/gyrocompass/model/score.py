@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -28,15 +29,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gyrocompass.core.errors import BadInput
 from gyrocompass.data.encode import encode_texts
 from gyrocompass.data.pack import Pieces, assemble, cut, pack
 from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.loss.divergence import Head as DivergentHead
+from gyrocompass.loss.divergence import divergence
 from gyrocompass.loss.logprob import WANTS, token_logprobs
-from gyrocompass.loss.signal import Batch, Expect, TokenLogProbs
+from gyrocompass.loss.signal import Batch, Divergence, Expect, TokenLogProbs
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.score import Score, TokenScores
 from gyrocompass.model.batch import to_batch
-from gyrocompass.model.head import find_head, hidden_states
+from gyrocompass.model.head import Head, find_head, hidden_states
+from gyrocompass.model.scalar_head import scalars
 
 Int64Array = NDArray[np.int64]
 
@@ -48,17 +53,25 @@ def log_probs(
     want: Collection[str] = WANTS,
     candidate_TC: Tensor | None = None,
     expect: Expect | None = None,
+    divergences: Sequence[Divergence] = (),
+    teacher: nn.Module | None = None,
     backend: str = "auto",
     check_finite: bool = False,
 ) -> TokenLogProbs:
     """What a model says of a batch's targets: its hidden states and its head, through the primitive.
 
+    Besides the primitive's answer it gives what is asked of the hidden states: `scalar_T` of the scalar head
+    for "scalar" in `want`, the hidden states themselves for "hidden", and `divergence_TK` for divergences
+    from a teacher, at the positions that count.
+
     Args:
         model: a causal language model of a known architecture, with or without LoRA, in either mode.
         batch: on the model's device.
-        want: as for `token_logprobs`.
+        want: as for `token_logprobs`, and "scalar" and "hidden".
         candidate_TC: as for `token_logprobs`.
-        expect: as for `token_logprobs`.
+        expect: as for `token_logprobs`; sees the other fields too, as constants.
+        divergences: which, one column each.
+        teacher: the model that they are from; it gets no gradient.
         backend: as for `token_logprobs`.
         check_finite: as for `token_logprobs`.
 
@@ -66,7 +79,16 @@ def log_probs(
         `TokenLogProbs`, differentiable unless gradients are off.
     """
     head, h_TD = find_head(model), hidden_states(model, batch)
-    return token_logprobs(
+    beside: dict[str, Tensor] = {}
+    if "scalar" in want:
+        beside["scalar_T"] = scalars(model, h_TD)
+    if "hidden" in want:
+        beside["hidden_TD"] = h_TD
+    if divergences:
+        beside["divergence_TK"] = _divergences(head, h_TD, batch, divergences, teacher)
+    if expect is not None and beside:
+        expect = partial(_with_constants, expect, {name: x.detach() for name, x in beside.items()})
+    answer = token_logprobs(
         h_TD,
         head.w_VD,
         batch.target_T,
@@ -74,12 +96,36 @@ def log_probs(
         low_rank=head.low_rank_of(h_TD),
         softcap=head.softcap,
         logit_scale=head.logit_scale,
-        want=want,
+        want=[name for name in want if name in WANTS],
         candidate_TC=candidate_TC,
         expect=expect,
         backend=backend,
         check_finite=check_finite,
     )
+    return answer._replace(**beside)
+
+
+def _with_constants(expect: Expect, beside: dict[str, Tensor], answer: TokenLogProbs) -> Tensor:
+    return expect(answer._replace(**beside))
+
+
+def _divergences(
+    head: Head, h_TD: Tensor, batch: Batch, asked: Sequence[Divergence], teacher: nn.Module | None
+) -> Tensor:
+    """The student's divergences from the teacher where the batch counts, [T, K]."""
+    if teacher is None:
+        raise BadInput("an objective asks for a divergence from a teacher", fix="name one: `teacher: STAGE`")
+    counted_T = batch.weight_T > 0
+    with torch.no_grad():
+        taught_TD = hidden_states(teacher, batch)
+    student, master = _as_divergent(head, h_TD), _as_divergent(find_head(teacher), taught_TD)
+    columns = [divergence(student, master, kind, beta=beta, mask_T=counted_T) for kind, beta in asked]
+    return torch.stack(columns, dim=1)
+
+
+def _as_divergent(head: Head, h_TD: Tensor) -> DivergentHead:
+    low_rank = head.low_rank_of(h_TD)
+    return DivergentHead(h_TD, head.w_VD, head.bias_V, low_rank, head.softcap, head.logit_scale)
 
 
 def score_dataset(

@@ -30,6 +30,7 @@ from gyrocompass.model.score import evaluating, log_probs, score_dataset
 from gyrocompass.recipe.verify_subject import BOUNDS, Finding, Numeric, Subject, alone, segments
 from gyrocompass.train.distributed import World
 from gyrocompass.train.record import Alone
+from gyrocompass.train.source import Window
 from gyrocompass.train.window import WindowPass, window_gradients
 
 PACKED_ROWS = 4
@@ -142,7 +143,7 @@ def _trainer_pass(subject: Subject, numeric: Numeric, rows: Packed, size: int) -
     objective = parse_objectives(config.objective)
     world = World(device=subject.device)
     return window_gradients(
-        numeric.model, numeric.main, objective, subject.data, rows, config, step=0, world=world
+        numeric.model, numeric.main, objective, Window(rows, subject.data), config, world=world
     )
 
 

@@ -146,5 +146,5 @@ def segments(packed: Packed) -> Iterator[Int64Array]:
 
 def alone(packed: Packed, position_S: Int64Array) -> Packed:
     """One segment as a batch of its own: a row without padding or neighbours."""
-    part = Packed._make([*(column[position_S] for column in packed[:-1]), len(position_S)])
+    part = packed.at(position_S, len(position_S))
     return part._replace(segment_T=np.zeros_like(part.segment_T))

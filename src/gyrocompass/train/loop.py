@@ -11,8 +11,8 @@ A run can be killed at any moment: `train` called again with the same arguments 
 newest whole checkpoint and ends bit-identical to a run that was not killed. Ctrl-C finishes the step it is
 in, saves, and raises `Interrupted`.
 
-Left out: anything an objective could do (objectives are functions in `loss`), and anything a batch source
-could do (rollouts will be one).
+Left out: anything an objective could do (objectives are functions in `loss`), and anything a source of
+windows could do (`source.py`; rollouts are one).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,6 @@ from gyrocompass.core.artifact import writing
 from gyrocompass.core.config import config_hash
 from gyrocompass.core.errors import BadInput, Interrupted, TrainingStopped
 from gyrocompass.core.progress import Progress
-from gyrocompass.data.mixture import Sampler
-from gyrocompass.data.pack import Packed
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.loss.objective import parse_objectives
 from gyrocompass.measure.ledger import Ledger
@@ -45,6 +44,7 @@ from gyrocompass.train.interrupt import interrupt_flag
 from gyrocompass.train.metrics import MetricLog, Tracker
 from gyrocompass.train.optim import MainParameters, adamw, learning_rate
 from gyrocompass.train.record import Alone, StepRecord
+from gyrocompass.train.source import PackedSource, Source, Window
 from gyrocompass.train.stopping import EarlyStopping
 from gyrocompass.train.window import window_gradients
 
@@ -64,11 +64,12 @@ class Outcome(NamedTuple):
 
 def train(
     model: nn.Module,
-    data: TokenDataset,
+    data: TokenDataset | Source,
     config: TrainConfig,
     folder: Path,
     *,
     world: World = World(),  # noqa: B008  (immutable)
+    teacher: nn.Module | None = None,
     evaluate: Evaluate | None = None,
     tracker: Tracker | None = None,
     progress: Progress | None = None,
@@ -78,6 +79,8 @@ def train(
 
     Args:
         model: a causal LM whose weights have the dtype of `config.precision`, on `world.device`.
+        data: tokens, read in the order of `config.sampler()`; or another source of windows.
+        teacher: what objectives of distillation learn from, in evaluation mode on the same device.
         folder: checkpoints, metrics.jsonl, evaluations.jsonl and incidents.jsonl live here.
         evaluate: called every `evaluate_every_steps` and at the end.
 
@@ -89,7 +92,9 @@ def train(
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]  # a method of transformers' models
     model.train()
-    run = _Run(model, data, config, folder, world, evaluate, tracker, progress or Progress(quiet=True))
+    source = PackedSource(data, config.sampler()) if isinstance(data, TokenDataset) else data
+    progress = progress or Progress(quiet=True)
+    run = _Run(model, source, config, folder, world, teacher, evaluate, tracker, progress)
     return run.go(label)
 
 
@@ -99,21 +104,21 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        data: TokenDataset,
+        source: Source,
         config: TrainConfig,
         folder: Path,
         world: World,
+        teacher: nn.Module | None,
         evaluate: Evaluate | None,
         tracker: Tracker | None,
         progress: Progress,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.data, self.config, self.folder = model, data, config, folder
-        self.world, self.evaluate, self.progress = world, evaluate, progress
+        self.model, self.source, self.config, self.folder = model, source, config, folder
+        self.world, self.teacher, self.evaluate, self.progress = world, teacher, evaluate, progress
         self.objective = parse_objectives(config.objective)
         self.main = MainParameters(model)
         self.optimizer = adamw(self.main, config.optimizer)
-        self.sampler = Sampler(data, config.sampler())
         self.guard = Guard(config.guard)
         self.stopping = EarlyStopping(config.early_stopping)
         self.ledger = Ledger()
@@ -125,8 +130,8 @@ class _Run:
         self.evaluations = MetricLog(folder / "evaluations.jsonl")
         self.incidents = MetricLog(folder / "incidents.jsonl")
         self.evaluated_step: int | None = None
-        self.config_hash = config_hash({"config": config, "inputs": _fingerprint(model, data)})
-        self.steps = config.steps or self.sampler.windows() or 0
+        self.config_hash = config_hash({"config": config, "inputs": _fingerprint(model, source)})
+        self.steps = config.steps or self.source.windows() or 0
 
     # --- the run ---
 
@@ -156,17 +161,17 @@ class _Run:
 
     def _next_step(self) -> bool:
         """Take one step (or rewind); False when the data is over."""
-        packed = next(self.sampler, None)
-        if packed is None:
+        window = self.source.next(self.step)
+        if window is None:
             return False
         self.window += 1
         if self.window in self.skipped:
             return True
         started = time.perf_counter()
-        record, norm, loss = self._gradients(packed)
+        record, norm, loss = self._gradients(window)
         verdict = self.guard.judge(record.means(self.world), norm)
         if verdict is not None:
-            self._handle(verdict, record)
+            self._handle(verdict, record, window.data)
             return True
         step_ledger = self._update(record)
         if self.world.is_first:
@@ -176,10 +181,17 @@ class _Run:
             self._save()
         return True
 
-    def _gradients(self, packed: Packed) -> tuple[StepRecord, float, float]:
+    def _gradients(self, window: Window) -> tuple[StepRecord, float, float]:
         """The window's gradients, clipped, with its record, their norm before that, and the loss."""
         record, loss = window_gradients(
-            self.model, self.main, self.objective, self.data, packed, self.config, self.step, self.world
+            self.model,
+            self.main,
+            self.objective,
+            window,
+            self.config,
+            self.objective.weights(self.step),
+            self.world,
+            teacher=self.teacher,
         )
         norm = self.main.clip(self.config.optimizer.clip_norm)
         return record, norm, loss
@@ -243,9 +255,9 @@ class _Run:
 
     # --- the guard's verdict ---
 
-    def _handle(self, verdict: Verdict, record: StepRecord) -> None:
+    def _handle(self, verdict: Verdict, record: StepRecord, data: TokenDataset) -> None:
         """Stop, or rewind to the last checkpoint with this window passed over."""
-        documents = record.worst_documents(self.world, self._alone)
+        documents = record.worst_documents(self.world, partial(self._alone, data))
         rewinds = self.config.guard.policy == "rewind" and len(self.skipped) < self.config.guard.max_rewinds
         if self.world.is_first:
             self.incidents.append(
@@ -270,14 +282,12 @@ class _Run:
         self._resume()
         self.skipped |= skipped
 
-    def _alone(self, document: int) -> Alone:
+    def _alone(self, data: TokenDataset, document: int) -> Alone:
         """The NLL of a document's counted tokens with nothing packed beside it, or what is not finite."""
         length = self.config.sequence_length
         with evaluating(self.model):
             try:
-                scored = scored_tokens(
-                    self.model, self.data, length, 1, documents=[document], check_finite=True
-                )
+                scored = scored_tokens(self.model, data, length, 1, documents=[document], check_finite=True)
                 return Alone(-np.concatenate([part.logprob_K for part in scored]), "")
             except BadInput as error:
                 return Alone(np.array([np.nan]), str(error).replace("\n  where: ", ", "))
@@ -289,7 +299,7 @@ class _Run:
             "config_hash": self.config_hash,
             "window": self.window,
             "skipped": sorted(self.skipped),
-            "sampler": self.sampler.state(),
+            "source": self.source.state(),
             "guard": self.guard.state(),
             "stopping": self.stopping.state(),
             "evaluated_step": self.evaluated_step,
@@ -310,7 +320,7 @@ class _Run:
         state = snapshot.state
         self.step, self.ledger, self.window = snapshot.step, snapshot.ledger, state["window"]
         self.skipped = set(state["skipped"])
-        self.sampler.restore(state["sampler"])
+        self.source.restore(state["source"])
         self.guard.restore(state["guard"])
         self.stopping.restore(state["stopping"])
         self.evaluated_step = state["evaluated_step"]
@@ -320,11 +330,9 @@ class _Run:
         return True
 
 
-def _fingerprint(model: nn.Module, data: TokenDataset) -> str:
-    """A hash of what a resume must find again and no checkpoint holds: the tokens and the frozen weights."""
-    digest = hashlib.sha256()
-    for column in (data.id_N, data.weight_N, data.offset_D):
-        digest.update(np.ascontiguousarray(column).data)
+def _fingerprint(model: nn.Module, source: Source) -> str:
+    """A hash of what a resume must find again and no checkpoint holds: the data and the frozen weights."""
+    digest = hashlib.sha256(source.fingerprint().encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)}".encode())
         if not parameter.requires_grad:

@@ -1,29 +1,40 @@
 """The gradients of one window: the part of a step that must not depend on how the window is split.
 
-    Packed -> this rank's micro-batches -> log-probs -> terms -> shares of the loss -> gradients, added up
+    Window -> this rank's micro-batches -> log-probs -> terms -> shares of the loss -> gradients, added up
 
 The normaliser is known before the first forward pass, so that shares and their gradients are summed over
 micro-batches and ranks and no mean is taken of a mean.
+
+An objective whose terms depend on each other across the window (in-batch negatives, sorted margins) is no sum
+over micro-batches. Where the window is split, it takes two passes: the first, without gradients, collects the
+answers of all micro-batches of all ranks; the loss of the whole gives the gradient of each answer; the second
+pass makes each answer again and sends its own gradient through the model (Gao et al. 2021, "GradCache",
+arXiv:2101.06983). The random state of each first pass is taken up by its second, so dropout is the same.
+
+Shape legend: T positions of a micro-batch, W of the whole window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from gyrocompass.data.pack import Packed
-from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.objective import Composite
-from gyrocompass.loss.reduce import Normaliser, normalise
-from gyrocompass.loss.signal import Batch, TokenLogProbs
+from gyrocompass.loss.reduce import Normaliser, Tally, normalise
+from gyrocompass.loss.signal import Batch, Expect, TokenLogProbs
 from gyrocompass.model.batch import to_batch
 from gyrocompass.model.score import log_probs, precision
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.distributed import World
 from gyrocompass.train.optim import MainParameters
 from gyrocompass.train.record import StepRecord
+from gyrocompass.train.source import Window
 
 
 class WindowPass(NamedTuple):
@@ -38,11 +49,12 @@ def window_gradients(
     model: nn.Module,
     main: MainParameters,
     objective: Composite,
-    data: TokenDataset,
-    packed: Packed,
+    window: Window,
     config: TrainConfig,
-    step: int = 0,
+    weights: Mapping[str, float] | None = None,
     world: World = World(),  # noqa: B008  (immutable)
+    *,
+    teacher: nn.Module | None = None,
 ) -> WindowPass:
     """Put a window's gradients into `main`, summed over micro-batches and ranks; nothing else changes.
 
@@ -52,41 +64,161 @@ def window_gradients(
         model: in the mode it is to run in.
         main: the model's; its gradients are cleared first.
         objective: as parsed from `config.objective`.
-        data: what the window was cut from.
-        packed: the whole window, the same on every rank.
+        window: the whole window, the same on every rank.
         config: says the reduction, the precision and how the window is split.
-        step: for scheduled weights of objectives.
+        weights: of the objectives, by name; None: those of the first step.
+        teacher: what objectives of distillation learn from.
     """
-    batches = _micro_batches(packed, config, world)
-    normaliser = normalise(objective, batches, reduction=config.reduction, gather=world.gather)
-    record = StepRecord(data)
     main.clear_gradients()
-    loss = 0.0
-    for batch in batches:
-        loss_of = partial(_share, normaliser, objective, batch, step) if objective.separable else None
-        with precision(world.device, config.precision == "bf16_autocast"):
-            token_log_probs = log_probs(
-                model,
-                batch,
-                want=objective.wants | {"rank", "entropy"},
-                candidate_TC=objective.candidates(batch),
-                expect=loss_of,
-            )
-        reduced = normaliser.loss(objective(token_log_probs, batch), batch, step)
-        reduced.loss.backward()
-        loss += float(reduced.loss.detach())
-        record.add(batch, token_log_probs, reduced.report)
+    batches = _micro_batches(window, config, world)
+    passing = _Passing(model, objective, config, weights, world, teacher)
+    record = StepRecord(window.data)
+    if objective.whole_window and (world.size > 1 or len(batches) > 1):
+        loss = passing.whole(batches, record)
+    else:
+        loss = passing.parts(batches, record)
     world.sum_gradients(list(main.named.values()))
     return WindowPass(record, sum(world.gather_json(loss)))
 
 
-def _share(
-    normaliser: Normaliser, objective: Composite, batch: Batch, step: int, answer: TokenLogProbs
-) -> Tensor:
+class _Passing(NamedTuple):
+    """A model and an objective, about to see a window."""
+
+    model: nn.Module
+    objective: Composite
+    config: TrainConfig
+    weights: Mapping[str, float] | None
+    world: World
+    teacher: nn.Module | None
+
+    def parts(self, batches: Sequence[Batch], record: StepRecord) -> float:
+        """Each micro-batch by itself; this rank's share of the loss."""
+        normaliser = normalise(
+            self.objective,
+            batches,
+            self.weights,
+            reduction=self.config.reduction,
+            gather=self.world.gather,
+        )
+        loss = 0.0
+        for batch in batches:
+            loss_of = partial(_share, normaliser, self.objective, batch) if self.objective.separable else None
+            answer = self._answer(batch, loss_of)
+            reduced = normaliser.loss(self.objective(answer, batch), batch)
+            reduced.loss.backward()
+            loss += float(reduced.loss.detach())
+            record.add(batch, answer, reduced.report)
+        return loss
+
+    def whole(self, batches: Sequence[Batch], record: StepRecord) -> float:
+        """All micro-batches of all ranks together, in two passes; the first rank has the loss."""
+        if any(rows == 0 for rows in self.world.gather_json(len(batches))):
+            raise BadInput(
+                "this objective sees the whole window at once, and a rank has no row of it",
+                fix="raise rows_per_step to at least the number of ranks",
+            )
+        first, random_states = [], []
+        for batch in batches:
+            random_states.append(_random_state(self.world.device))
+            with torch.no_grad():
+                first.append(self._answer(batch, None))
+        joined, place = _joined_batches(batches, self.world)
+        answer = _joined_answers(first, self.world)
+        normaliser = normalise(self.objective, [joined], self.weights, reduction=self.config.reduction)
+        reduced = normaliser.loss(self.objective(answer, joined), joined)
+        if reduced.loss.requires_grad:
+            reduced.loss.backward()
+        report: dict[str, Tally] = reduced.report if self.world.is_first else {}
+        for batch, seen, random_state in zip(batches, first, random_states, strict=True):
+            positions = slice(place, place := place + len(batch.token_T))
+            slopes = {name: x.grad[positions] for name, x in _floating(answer) if x.grad is not None}
+            _restore_random_state(random_state)
+            surrogate = partial(_linear, slopes)
+            surrogate(self._answer(batch, surrogate)).backward()
+            record.add(batch, seen, report)
+            report = {}
+        return float(reduced.loss.detach()) if self.world.is_first else 0.0
+
+    def _answer(self, batch: Batch, expect: Expect | None) -> TokenLogProbs:
+        with precision(self.world.device, self.config.precision == "bf16_autocast"):
+            return log_probs(
+                self.model,
+                batch,
+                want=self.objective.wants | {"rank", "entropy"},
+                candidate_TC=self.objective.candidates(batch),
+                expect=expect,
+                divergences=self.objective.divergences,
+                teacher=self.teacher,
+            )
+
+
+def _share(normaliser: Normaliser, objective: Composite, batch: Batch, answer: TokenLogProbs) -> Tensor:
     """The micro-batch's share of the loss, as a function of its log-probabilities."""
-    return normaliser.share(objective(answer, batch), batch, step)
+    return normaliser.share(objective(answer, batch), batch)
 
 
-def _micro_batches(packed: Packed, config: TrainConfig, world: World) -> list[Batch]:
-    share = packed.take(packed.rows * world.rank // world.size, packed.rows * (world.rank + 1) // world.size)
+def _micro_batches(window: Window, config: TrainConfig, world: World) -> list[Batch]:
+    rows = window.packed.rows
+    share = window.packed.take(rows * world.rank // world.size, rows * (world.rank + 1) // world.size)
     return [to_batch(part, world.device) for part in share.split(config.rows_per_micro_batch)]
+
+
+# --- a window as one ---
+
+
+def _linear(slopes: Mapping[str, Tensor], answer: TokenLogProbs) -> Tensor:
+    """sum over fields and positions of field * slope: what has these slopes as its gradient."""
+    anchor = answer.logprob_T.sum() * 0.0  # where nothing has a slope, still a differentiable 0
+    return anchor + sum(
+        ((getattr(answer, name) * slope.to(getattr(answer, name))).sum() for name, slope in slopes.items()),
+        start=anchor,
+    )
+
+
+def _floating(answer: TokenLogProbs) -> list[tuple[str, Tensor]]:
+    return [(n, x) for n, x in answer._asdict().items() if x is not None and x.is_floating_point()]
+
+
+def _joined_answers(parts: Sequence[TokenLogProbs], world: World) -> TokenLogProbs:
+    """The answers of all ranks, in rank order; floating fields are leaves that take gradients."""
+    joined: dict[str, Tensor] = {}
+    for name in TokenLogProbs._fields:
+        own = [getattr(part, name) for part in parts]
+        if not all(field is None for field in own):
+            whole = _gathered(torch.cat([field.detach() for field in own]), world)
+            joined[name] = whole.requires_grad_() if whole.is_floating_point() else whole
+    return TokenLogProbs(**joined)
+
+
+def _joined_batches(parts: Sequence[Batch], world: World) -> tuple[Batch, int]:
+    """The micro-batches of all ranks as one, segments numbered on, and where this rank's begin."""
+    segments, offset = [], 0
+    for part in parts:
+        segments.append(torch.where(part.segment_T < 0, -1, part.segment_T + offset))
+        offset += int(part.segment_T.max()) + 1
+    before = world.gather_json([offset, sum(len(part.token_T) for part in parts)])[: world.rank]
+    shift = sum(n_segments for n_segments, _ in before)
+    segment_T = torch.cat(segments)
+    names = [f.name for f in fields(Batch) if f.name not in ("segment_T", "length", "columns")]
+    joined = {name: _gathered(torch.cat([getattr(p, name) for p in parts]), world) for name in names}
+    columns = {n: _gathered(torch.cat([p.columns[n] for p in parts]), world) for n in parts[0].columns}
+    joined["segment_T"] = _gathered(torch.where(segment_T < 0, -1, segment_T + shift), world)
+    whole = Batch(**joined, length=parts[0].length, columns=columns)
+    return whole, sum(n_tokens for _, n_tokens in before)
+
+
+def _gathered(own: Tensor, world: World) -> Tensor:
+    """A tensor of all ranks, concatenated along its first dimension."""
+    if world.size == 1:
+        return own.contiguous().clone()
+    return world.gather(own.flatten()).view(-1, *own.shape[1:])
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore_random_state(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
