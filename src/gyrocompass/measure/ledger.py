@@ -94,7 +94,7 @@ class _Rows:
         self._sums_RF: FloatArray = np.zeros((0, len(FIELDS)))
 
     @property
-    def sums_RF(self) -> FloatArray:  # noqa: N802
+    def sums_RF(self) -> FloatArray:
         """The sums of the rows in use."""
         return self._sums_RF[: len(self.index)]
 
