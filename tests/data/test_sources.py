@@ -83,7 +83,10 @@ MALFORMED: list[tuple[Any, str]] = [
     (["text"], "not an object with fields but a list"),
     (None, "not an object with fields but null"),
     ({}, "none of text, messages, prompt + completion, prompt + chosen + rejected; fields: none"),
-    ({"content": "x"}, "none of text, messages, prompt + completion, prompt + chosen + rejected; fields: content"),
+    (
+        {"content": "x"},
+        "none of text, messages, prompt + completion, prompt + chosen + rejected; fields: content",
+    ),
     ({"text": 3}, "text is not a text but a int"),
     ({"text": " \n"}, "text is empty"),
     ({"text": "x", "messages": CHAT}, "more than one content: messages, text"),
