@@ -29,6 +29,11 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "reference_logprob": "score the data with the reference first: a stage of kind reference",
     "side": "give preference records: prompt, chosen, rejected",
     "desirable": "give records with a label: prompt, completion, label",
+    "mismatched": "give each prompt another's completion too, labelled 1; or set kl: matched",
+    "margin": "give each pair a number: by how much the chosen answer is better",
+    "tie": "give each pair a label: 1 where both answers are as good, else 0",
+    "score": "give records with a number: prompt, completion, score",
+    "step_reward": "give answers in steps, each with a label",
     "advantage": "train on rollouts, which bring advantages",
     "rollout_logprob": "train on rollouts, which bring their sampler's log-probabilities",
 }
