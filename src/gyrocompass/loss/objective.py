@@ -28,7 +28,10 @@ from torch import Tensor
 
 from gyrocompass.core.config import Config, parse
 from gyrocompass.core.errors import ConfigError, did_you_mean
-from gyrocompass.loss import likelihood as likelihood  # its objectives register themselves
+from gyrocompass.loss import contrastive as contrastive  # these register themselves
+from gyrocompass.loss import distill as distill
+from gyrocompass.loss import likelihood as likelihood
+from gyrocompass.loss import retrieval as retrieval
 from gyrocompass.loss.registry import OBJECTIVES, Registered
 from gyrocompass.loss.signal import Batch, Divergence, Terms, TokenLogProbs
 
