@@ -36,6 +36,10 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "step_reward": "give answers in steps, each with a label",
     "advantage": "train on rollouts, which bring advantages",
     "rollout_logprob": "train on rollouts, which bring their sampler's log-probabilities",
+    "teacher_token/0": "score the data with the teacher first, and keep its likeliest tokens as columns",
+    "relevance": "give each of a unit's records a label `relevance`, higher where it should rank higher",
+    "role": "give each record a label `role`: 0 a query, 1 what answers it, 2 what does not",
+    "retriever_logprob": "give each passage of a question a label `retriever_logprob`, its retriever's score",
 }
 """Where a column comes from, for those who miss it."""
 
@@ -134,6 +138,8 @@ class Divergence(NamedTuple):
 
     kind: Kind
     beta: float = 0.5
+    temperature: float = 1.0
+    """Divides the logits of both before they are compared."""
 
 
 class Terms(NamedTuple):
