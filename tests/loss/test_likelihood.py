@@ -141,7 +141,8 @@ def test_objective_is_its_formula(name: str, backend: str, seed: int) -> None:
 
 
 def test_every_objective_has_a_case() -> None:
-    assert {name for entry, _ in CASES.values() for name in entry} == set(OBJECTIVES)
+    here = {name for name, known in OBJECTIVES.items() if known.function.__module__ == nll.__module__}
+    assert {name for entry, _ in CASES.values() for name in entry} == here
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0])
