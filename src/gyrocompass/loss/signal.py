@@ -30,7 +30,7 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "side": "give preference records: prompt, chosen, rejected",
     "desirable": "give records with a label: prompt, completion, label",
     "mismatched": "give each prompt another's completion too, labelled 1; or set kl: matched",
-    "margin": "give each pair a number: by how much the chosen answer is better",
+    "margin": "give preference records a number: margin",
     "tie": "give each pair a label: 1 where both answers are as good, else 0",
     "score": "give records with a number: prompt, completion, score",
     "step_reward": "give answers in steps, each with a label",
