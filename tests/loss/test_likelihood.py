@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.loss import likelihood
 from gyrocompass.loss.likelihood import (
     confidence_penalty,
     focal,
@@ -141,7 +142,8 @@ def test_objective_is_its_formula(name: str, backend: str, seed: int) -> None:
 
 
 def test_every_objective_has_a_case() -> None:
-    assert {name for entry, _ in CASES.values() for name in entry} == set(OBJECTIVES)
+    ours = {name for name, found in OBJECTIVES.items() if found.function.__module__ == likelihood.__name__}
+    assert {name for entry, _ in CASES.values() for name in entry} == ours
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0])

@@ -29,6 +29,9 @@ from torch import Tensor
 from gyrocompass.core.config import Config, parse
 from gyrocompass.core.errors import ConfigError, did_you_mean
 from gyrocompass.loss import likelihood as likelihood  # its objectives register themselves
+from gyrocompass.loss import policy as policy
+from gyrocompass.loss import policy_value as policy_value
+from gyrocompass.loss import reference_kl as reference_kl
 from gyrocompass.loss.registry import OBJECTIVES, Registered
 from gyrocompass.loss.signal import Batch, Divergence, Terms, TokenLogProbs
 

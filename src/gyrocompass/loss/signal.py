@@ -31,6 +31,9 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "desirable": "give records with a label: prompt, completion, label",
     "advantage": "train on rollouts, which bring advantages",
     "rollout_logprob": "train on rollouts, which bring their sampler's log-probabilities",
+    "truncated": "train on rollouts, which say of each answer whether it was cut off",
+    "value": "train on rollouts with a value head, which bring what it said",
+    "return": "train on rollouts with a value head, which bring what it is to learn",
 }
 """Where a column comes from, for those who miss it."""
 
