@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from direct_signal import make_batch
 from torch import Tensor
 
-from gyrocompass.loss.divergence import Head, divergence
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.objective import Composite
 from gyrocompass.loss.signal import IGNORE_INDEX, Batch, TokenLogProbs
@@ -27,12 +27,11 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 class Model:
-    """A learner with a value head, and a reference, all of one position each."""
+    """A learner with a value head: hidden states of each position, and two heads."""
 
     def __init__(self, n_tokens: int, seed: int) -> None:
         self.h_TD, self.w_VD = randn(n_tokens, WIDTH, seed=seed), randn(VOCABULARY, WIDTH, seed=seed + 1)
         self.value_D = randn(WIDTH, seed=seed + 2)
-        self.reference = Head(randn(n_tokens, WIDTH, seed=seed + 3), randn(VOCABULARY, WIDTH, seed=seed + 4))
         for parameter in self.parameters:
             parameter.requires_grad_()
 
@@ -43,20 +42,10 @@ class Model:
     def answer(self, composite: Composite, batch: Batch, index_T: Tensor | None = None) -> TokenLogProbs:
         """Ours, of the positions of an index (-1: padding)."""
         index_T = torch.arange(len(self.h_TD)) if index_T is None else index_T
-        h_TD, teacher_TD = (
-            torch.cat([rows, rows.new_zeros(1, WIDTH)])[index_T] for rows in (self.h_TD, self.reference.h_TD)
-        )
+        h_TD = torch.cat([self.h_TD, self.h_TD.new_zeros(1, WIDTH)])[index_T]
         wants = [want for want in composite.wants if want != "scalar"]
         answer = token_logprobs(h_TD, self.w_VD, batch.target_T, want=wants)
-        student, teacher = Head(h_TD, self.w_VD), Head(teacher_TD, self.reference.w_VD)
-        columns = [
-            divergence(student, teacher, asked.kind, beta=asked.beta, mask_T=batch.weight_T > 0)
-            for asked in composite.divergences
-        ]
-        return answer._replace(
-            scalar_T=h_TD @ self.value_D if "scalar" in composite.wants else None,
-            divergence_TK=torch.stack(columns, 1) if columns else None,
-        )
+        return answer._replace(scalar_T=h_TD @ self.value_D if "scalar" in composite.wants else None)
 
     def logprob_T(self, batch: Batch) -> Tensor:
         log_p_TV = torch.log_softmax(self.h_TD @ self.w_VD.T, 1)
@@ -89,6 +78,19 @@ def rollouts(n_tokens: int, seed: int, *, ignored_share: float = 0.3, spread: fl
     )
 
 
+def taken(batch: Batch, index_T: Tensor) -> Batch:
+    """The positions of an index, in its order; -1 is padding."""
+    fillers = {"target_T": IGNORE_INDEX, "weight_T": 0, "byte_T": 0, "token_T": 0, "position_T": 0}
+
+    def rows(values_T: Tensor, filler: float) -> Tensor:
+        return torch.cat([values_T, values_T.new_full((1,), filler)])[index_T]
+
+    names = {field.name for field in dataclasses.fields(batch)} - {"length", "columns"}
+    changed: dict[str, Any] = {name: rows(getattr(batch, name), fillers.get(name, -1)) for name in names}
+    columns = {name: rows(column, math.nan) for name, column in batch.columns.items()}
+    return dataclasses.replace(batch, length=max(len(index_T), 1), columns=columns, **changed)
+
+
 @dataclasses.dataclass
 class Rollout:
     """What a formula reads at a token: log pi with its gradient, and plain numbers."""
@@ -96,7 +98,6 @@ class Rollout:
     log_pi: Tensor
     entropy: float
     scalar: Tensor
-    full_kl: Tensor
     answer: list[Rollout]
     """All counted tokens of its answer, itself included."""
     window: list[Rollout]
@@ -122,7 +123,6 @@ Formula = Callable[[Rollout], Tensor]
 def read(model: Model, batch: Batch, *, skip_truncated: bool = False) -> Iterator[tuple[int, Rollout]]:
     """Each counted token with its position, from the definitions on full logits."""
     log_p_TV = torch.log_softmax(model.h_TD @ model.w_VD.T, 1)
-    log_ref_TV = torch.log_softmax(model.reference.h_TD @ model.reference.w_VD.T, 1)
     window: list[Rollout] = []
     answers: dict[int, list[Rollout]] = {}
     found = []
@@ -135,7 +135,6 @@ def read(model: Model, batch: Batch, *, skip_truncated: bool = False) -> Iterato
             log_pi=log_p_TV[t, batch.target_T[t]],
             entropy=-(log_p_TV[t].exp() * log_p_TV[t]).sum().item(),
             scalar=(model.h_TD[t] * model.value_D).sum(),
-            full_kl=(log_p_TV[t].exp() * (log_p_TV[t] - log_ref_TV[t])).sum(),
             answer=answer,
             window=window,
             advantage=column["advantage"],

@@ -26,6 +26,7 @@ from direct_policy import (
     rollouts,
     soft_gate,
     squared_error,
+    taken,
     truncated_weight,
     undecided_only,
 )
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.loss import advantages, policy, policy_value, reference_kl
-from gyrocompass.loss.importance import Clip, Correction, ImportanceSums, Samples, importance_sums
+from gyrocompass.loss.importance import Clip, Correction, Samples
 from gyrocompass.loss.objective import parse_objectives
 from gyrocompass.loss.policy import cispo, clipped_surrogate, sapo, sequence_surrogate, vespo
 from gyrocompass.loss.reduce import Reduction, normalise
@@ -98,8 +99,6 @@ CASES: dict[str, tuple[dict[str, dict[str, Any]], Formula]] = {
     "value": ({"value_loss": {}}, squared_error(0.2)),
     "value_complete": ({"value_loss": SKIP}, squared_error(0.2)),
     "value_unclipped": ({"value_loss": {"clip": None}}, squared_error(None)),
-    "full": ({"full_reference_kl": {}}, lambda token: token.full_kl),
-    "full_complete": ({"full_reference_kl": SKIP}, lambda token: token.full_kl),
     "kl_complete": ({"reference_kl": SKIP}, estimated("k3", "current")),
 } | {
     f"{estimator}_{weighted}": (
@@ -153,19 +152,6 @@ def test_every_objective_has_a_case() -> None:
 # --- law 1 ---
 
 REDUCTIONS = [BY_TOKEN, BY_SEQUENCE, Reduction(by="constant", constant=50.0)]
-
-
-def taken(batch: Batch, index_T: Tensor) -> Batch:
-    """The positions of an index, in its order; -1 is padding."""
-    fillers = {"target_T": IGNORE_INDEX, "weight_T": 0, "byte_T": 0, "token_T": 0, "position_T": 0}
-
-    def rows(values_T: Tensor, filler: float) -> Tensor:
-        return torch.cat([values_T, values_T.new_full((1,), filler)])[index_T]
-
-    names = {field.name for field in dataclasses.fields(batch)} - {"length", "columns"}
-    changed: dict[str, Any] = {name: rows(getattr(batch, name), fillers.get(name, -1)) for name in names}
-    columns = {name: rows(column, math.nan) for name, column in batch.columns.items()}
-    return dataclasses.replace(batch, length=max(len(index_T), 1), columns=columns, **changed)
 
 
 def window_results(
@@ -306,50 +292,6 @@ def test_what_is_over_a_whole_window_says_so() -> None:
     assert not any(OBJECTIVES[name].whole_window for name in ("clipped_surrogate", "vespo", "value_loss"))
 
 
-# --- the report ---
-
-
-def test_importance_sums_are_their_formulas_and_add_up() -> None:
-    batch, model = rollouts(40, 9), Model(40, 9)
-    counted_T = batch.weight_T > 0
-    answer = model.answer(parse_objectives(["reinforce"]), batch)
-    clip = Clip(low=0.1, high=0.2)
-    report = importance_sums(answer, batch, clip=clip).report()
-    gap_N = (answer.logprob_T.detach() - batch.columns["rollout_logprob"])[counted_T].tolist()
-    advantage_N = batch.columns["advantage"][counted_T].tolist()
-    w_N = [math.exp(gap) for gap in gap_N]
-    stopped = [(a > 0 and w > 1.2) or (a < 0 and w < 0.9) for a, w in zip(advantage_N, w_N, strict=True)]
-    count = len(gap_N)
-    assert report == pytest.approx(
-        {
-            "count": count,
-            "mean_gap_nats": sum(gap_N) / count,
-            "largest_gap_nats": max(abs(gap) for gap in gap_N),
-            "outside_share": sum(not 0.9 <= w <= 1.1 for w in w_N) / count,
-            "effective_tokens": sum(w_N) ** 2 / sum(w * w for w in w_N),
-            "kl_nats": sum(w - 1 - math.log(w) for w in w_N) / count,
-            "clip_share": sum(stopped) / count,
-        }
-    )
-    added = ImportanceSums()
-    for part in (torch.arange(17), torch.arange(17, 40)):
-        rows = TokenLogProbs(answer.logprob_T[part], answer.lse_T[part])
-        added = added + importance_sums(rows, taken(batch, part), clip=clip)
-    assert added.report() == pytest.approx(report)
-
-
-def test_equal_samplers_are_reported_as_equal_and_none_as_none() -> None:
-    batch, model = rollouts(40, 9, spread=0.0), Model(40, 9)
-    answer = model.answer(parse_objectives(["reinforce"]), batch)
-    report = importance_sums(answer, batch).report()
-    assert report["effective_tokens"] == pytest.approx(report["count"])
-    assert [report[name] for name in ("outside_share", "clip_share")] == [0, 0]
-    assert report["largest_gap_nats"] < 1e-12 and abs(report["kl_nats"]) < 1e-12
-    nothing = rollouts(4, 1, ignored_share=1.0)
-    empty = TokenLogProbs(torch.zeros(4), torch.zeros(4))
-    assert importance_sums(empty, nothing).report() == {"count": 0}
-
-
 # --- bad input ---
 
 
@@ -364,7 +306,7 @@ def test_equal_samplers_are_reported_as_equal_and_none_as_none() -> None:
         ("value_loss", "return"),
         ("value_loss", "value"),
         ("reference_kl", "reference_logprob"),
-        ({"full_reference_kl": SKIP}, "truncated"),
+        ({"reference_kl": SKIP}, "truncated"),
     ],
 )
 def test_a_missing_column_is_named(entry: Any, column: str) -> None:

@@ -19,6 +19,7 @@ from direct_signal import make_batch
 from torch import Tensor
 
 from gyrocompass.loss.advantages import flat_groups, group_advantages, leave_one_out, token_rewards
+from gyrocompass.loss.divergence import Head, divergence
 from gyrocompass.loss.importance import ImportanceSums, importance_sums
 from gyrocompass.loss.objective import parse_objectives
 from gyrocompass.loss.reduce import Reduction, normalise
@@ -137,6 +138,17 @@ def test_formula_4_what_each_estimator_of_the_kl_has_as_value_and_gradient(case:
     else:
         assert_close(gradient_V, kl(forward=of_gradient == "forward")[1])
         assert (kl(forward=True)[1] - kl(forward=False)[1]).abs().max() > 0.01
+
+
+def test_formula_4_the_full_divergence_has_the_value_and_gradient_of_reverse_kl() -> None:
+    logits_V1 = LOGITS_V[:, None].clone().requires_grad_()
+    one_11 = torch.ones(1, 1, dtype=torch.float64)
+    heads = Head(one_11, logits_V1), Head(one_11, LOG_REF_V[:, None])
+    (asked,) = parse_objectives([{"distillation": {"kind": "reverse_kl"}}]).divergences
+    value_T = divergence(*heads, asked.kind)
+    (gradient_V1,) = torch.autograd.grad(value_T.sum(), logits_V1)
+    for actual, wanted in zip((value_T.detach()[0], gradient_V1[:, 0]), kl(forward=False), strict=True):
+        assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

@@ -1,4 +1,4 @@
-"""The distance from a reference policy as an objective, by samples or over the whole vocabulary.
+"""The distance from a reference policy as an objective, estimated by the tokens that were drawn.
 
 With y drawn from pi, l = log pi(y) - log ref(y) estimates KL(pi || ref) in several ways, and what an
 estimator has as its *value* and what its *gradient* points at are two things:
@@ -8,11 +8,14 @@ estimator has as its *value* and what its *gradient* points at are two things:
     k2 = l^2 / 2             no KL divergence       that of KL(pi || ref)
     k3 = exp(-l) - 1 + l     KL(pi || ref)          that of KL(ref || pi)
     (pi / sg pi) * k1, k3    KL(pi || ref)          that of KL(pi || ref)
-    full                     KL(pi || ref)          that of KL(pi || ref), without variance over y
+    full                     KL(pi || ref)          that of KL(pi || ref)
 
 All of it holds token by token, given what came before: that the choice of y also moves what comes after has
 no part in these gradients. It has one where the distance is taken off the reward as -beta * sg(l), which
 `advantages.token_rewards` does. The factor beta of an objective is its weight.
+
+The full divergence is `distillation: {kind: reverse_kl}` with the reference as the teacher: one more pass of
+the reference in each step, and no variance over y.
 
 Where y was drawn from another policy mu, the factor is pi / mu, and the expectations are those above again.
 
@@ -27,7 +30,7 @@ import torch
 
 from gyrocompass.loss.importance import complete, log_ratio, ratio
 from gyrocompass.loss.registry import objective
-from gyrocompass.loss.signal import Batch, Divergence, Terms, TokenLogProbs
+from gyrocompass.loss.signal import Batch, Terms, TokenLogProbs
 
 
 @objective(separable=True)
@@ -77,30 +80,3 @@ def reference_kl(
     if weighted != "no":
         value_T = value_T * ratio(log_ratio(log_probs, batch, weighted))
     return Terms(value_T, batch.weight_T)
-
-
-def _reverse_kl(*, skip_truncated: bool) -> Divergence:
-    return Divergence("reverse_kl")
-
-
-@objective(divergence=_reverse_kl, separable=True)
-def full_reference_kl(log_probs: TokenLogProbs, batch: Batch, *, skip_truncated: bool = False) -> Terms:
-    """The distance from the reference over the whole vocabulary, with the reference model as the teacher.
-
-        value_t = sum_v pi_v log(pi_v / ref_v)
-
-    It costs a pass of the reference in each step, and has no variance over the token that was drawn.
-
-    Args:
-        log_probs: with the divergence that it asks for.
-        batch: weights are its own.
-        skip_truncated: sequences that were cut off have no weight.
-
-    Returns:
-        Terms [T] in nats.
-
-    Raises:
-        BadInput: `truncated` is read and missing.
-    """
-    assert log_probs.divergence_TK is not None
-    return Terms(log_probs.divergence_TK[:, 0], complete(batch, skip_truncated=skip_truncated).weight_T)
