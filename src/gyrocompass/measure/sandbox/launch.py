@@ -26,7 +26,7 @@ from gyrocompass.measure.sandbox import seccomp, syscalls
 BOX = "/box"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 FIRST_USER = 0x60000000
-"""Above all users that systems give out; the process id is added, so that each run has its own."""
+"""Above all users that systems give out."""
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -49,12 +49,20 @@ class Job:
         self.limit = {name: int(said[name]) for name in numbers}
         self.namespaces = "namespaces" in self.walls
         self.drops = "user" in self.walls and os.getuid() == 0
-        self.user = FIRST_USER + os.getpid() if self.drops else os.getuid()
+        self.user = _unused_user() if self.drops else os.getuid()
         self.group = self.user if self.drops else os.getgid()
 
     def say(self, line: str) -> None:
         """One line of the report."""
         os.write(self.report, f"{line}\n".encode())
+
+
+def _unused_user() -> int:
+    """A user of this run alone: the process id is in it. A container may have only the first few users."""
+    with open("/proc/self/uid_map", "rb") as file:
+        last = max(int(first) + int(count) - 1 for first, _, count in map(bytes.split, file))
+    pid = os.getpid()
+    return FIRST_USER + pid if last > FIRST_USER + pid else max(1, last - pid % 4096)
 
 
 def main(arguments: list[str]) -> None:
@@ -215,6 +223,8 @@ def _program(job: Job) -> None:
         visible = [path for path in (*job.readable, *DEVICES) if os.path.exists(path)]
         syscalls.landlock(visible, [box, "/dev/null"])
     os.set_inheritable(job.report, False)
+    if job.namespaces:
+        os.setsid()  # else a signal to its group would reach the launcher
     if "seccomp" in job.walls:
         seccomp.forbid(alone=not job.namespaces)
     os.execve(job.command[0], job.command, {**ENVIRONMENT, "HOME": box, "TMPDIR": box})
