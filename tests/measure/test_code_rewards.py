@@ -9,7 +9,8 @@ import pytest
 from gyrocompass.core.errors import BadInput, ConfigError, GyroError, MissingDependency
 from gyrocompass.measure.reward import Sample, checked
 from gyrocompass.measure.rewards import code
-from gyrocompass.measure.rewards.registry import Tools, parse_rewards
+from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.rewards.registry import Tools
 from gyrocompass.measure.sandbox.run import SandboxConfig
 
 ADD = "def add(a, b):\n    return a + b\n"

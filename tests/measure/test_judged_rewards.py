@@ -10,7 +10,8 @@ from chat_server import ChatServer, Reply, completion
 
 from gyrocompass.core.errors import BadInput, ConfigError, GyroError
 from gyrocompass.measure.reward import Sample, checked
-from gyrocompass.measure.rewards.registry import Tools, parse_rewards
+from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.rewards.registry import Tools
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gyrocompass.core.errors import BadInput, ConfigError, GyroError, MissingDependency
 from gyrocompass.measure.reward import Part, Sample, WeightedSum, checked
-from gyrocompass.measure.rewards.registry import REWARDS, Tools, parse_rewards
+from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.rewards.registry import REWARDS, Tools
 from gyrocompass.measure.rewards.text import distinct_share
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, PositiveInt
 
 from gyrocompass.core.errors import ConfigError, GyroError, did_you_mean
 from gyrocompass.measure.reward import Sample, shortened
@@ -87,7 +87,7 @@ def judge(
     high: float = 10.0,
     instructions: Annotated[str, AfterValidator(_names_completion)] = INSTRUCTIONS,
     score: Pattern = r"(?i)score\W{0,5}(-?\d+(?:\.\d+)?)",
-    asks: int = Field(default=3, ge=1),
+    asks: PositiveInt = 3,
     workers: PositiveInt = 8,
 ) -> list[float]:
     """The score a language model gives, asked through an OpenAI-compatible server.

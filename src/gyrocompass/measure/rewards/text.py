@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 
 from gyrocompass.core.errors import BadInput, MissingDependency
 from gyrocompass.measure.reward import Sample, shortened
@@ -170,7 +170,7 @@ def _validator(text: str) -> Callable[[Any], bool]:
 
 @reward()
 def length(
-    samples: Sequence[Sample], tools: Tools, *, target: PositiveInt, slack: int = Field(default=0, ge=0)
+    samples: Sequence[Sample], tools: Tools, *, target: PositiveInt, slack: NonNegativeInt = 0
 ) -> list[float]:
     """1 near a target length, falling in a straight line to 0.
 
