@@ -143,7 +143,9 @@ def test_too_long_rows_are_noticed_before_anything_runs(
 def test_too_long_rows_for_an_imported_model(store: Store) -> None:
     stages = {
         **imported(made(store, "pretrained")),
-        "score": {"kind": "score", "model": "model", "data": ["model"], "sequence_length": 200},
+        "documents": {"kind": "documents", "sources": [{"files": {"path": str(Path(__file__))}}]},
+        "tokens": {"kind": "tokens", "documents": "documents", "tokenizer": "model"},
+        "score": {"kind": "score", "model": "model", "data": ["tokens"], "sequence_length": 200},
     }
     before = len(store.artifacts())
     with pytest.raises(BadInput, match="context is 128"):

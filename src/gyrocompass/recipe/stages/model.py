@@ -18,7 +18,7 @@ from gyrocompass.model.gguf import convert_gguf, package_file
 from gyrocompass.model.head import context_length, find_head
 from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
 from gyrocompass.model.lora import load_adapter, merged
-from gyrocompass.recipe.stage import Stage, StageName, Workplace
+from gyrocompass.recipe.stage import Stage, TokenizerName, Workplace
 
 ADAPTER = "adapter"
 """The folder of an unmerged LoRA adapter within a model artifact."""
@@ -32,7 +32,7 @@ class NewModelStage(Stage):
 
     kind: Literal["new_model"] = "new_model"
     makes: ClassVar[str] = "model"
-    tokenizer: StageName
+    tokenizer: TokenizerName
     config: dict[str, Any]
     seed: int = 0
 

@@ -13,7 +13,7 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.model.generate import generate
 from gyrocompass.model.score import score_dataset
-from gyrocompass.recipe.stage import Stage, StageName, StageNames, Workplace
+from gyrocompass.recipe.stage import ModelName, Stage, TokensNames, Workplace
 from gyrocompass.recipe.stages.model import check_fit, open_model
 from gyrocompass.train.config import PRECISIONS
 
@@ -23,8 +23,8 @@ class ScoreStage(Stage):
 
     kind: Literal["score"] = "score"
     makes: ClassVar[str] = "score"
-    model: StageName
-    data: StageNames = Field(min_length=1)
+    model: ModelName
+    data: TokensNames = Field(min_length=1)
     sequence_length: int = Field(default=512, ge=2)
     rows_per_batch: int = Field(default=8, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
@@ -58,7 +58,7 @@ class CompletionsStage(Stage):
 
     kind: Literal["completions"] = "completions"
     makes: ClassVar[str] = "completions"
-    model: StageName
+    model: ModelName
     prompts: tuple[str, ...] = Field(min_length=1)
     chat: bool = False
     max_new_tokens: int = Field(default=64, ge=1)

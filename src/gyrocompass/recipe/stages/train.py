@@ -29,7 +29,14 @@ from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
-from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, Workplace
+from gyrocompass.recipe.stage import (
+    ModelName,
+    OptionalModelName,
+    OptionalTokensName,
+    Stage,
+    TokensName,
+    Workplace,
+)
 from gyrocompass.recipe.stages.model import ADAPTER, check_fit, copy_model, open_model
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import World
@@ -46,15 +53,15 @@ class TrainStage(Stage, TrainConfig):
     kind: Literal["train"] = "train"
     makes: ClassVar[str] = "model"
     distributed: ClassVar[bool] = True
-    model: StageName
-    data: StageName
-    held_out: OptionalStageName = None
+    model: ModelName
+    data: TokensName
+    held_out: OptionalTokensName = None
     held_out_documents: int | None = Field(default=None, ge=1)
     """Evaluate on the first so many held-out documents of each slice while training; None: on all of them."""
     lora: LoraSettings | None = None
     scalar_head: bool = False
     """Train a scalar head beside the head of words, for objectives that read one: a reward, a value."""
-    teacher: OptionalStageName = None
+    teacher: OptionalModelName = None
     """What objectives of distillation learn from."""
 
     @model_validator(mode="after")
