@@ -14,10 +14,9 @@ from rich.text import Text
 from gyrocompass.cli.model import model_folder
 from gyrocompass.core.progress import Progress
 from gyrocompass.data.document import Document, Quarantined
-from gyrocompass.data.encode import encode
 from gyrocompass.data.sources import FilesSource, Source, read_sources
 from gyrocompass.data.tokenizer import load_tokenizer
-from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.data.tokens import TokenDataset, TokenRow, token_rows
 from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.measure.table import print_scores
 from gyrocompass.model.head import context_length
@@ -55,11 +54,11 @@ def _dataset(paths: list[Path], tokenizer: object) -> TokenDataset:
     records = read_sources(sources, max_quarantined_share=0.0)
     documents = [record for record in records if isinstance(record, Document)]
     rows: list[TokenRow] = []
-    for document, encoded in zip(documents, encode(documents, tokenizer), strict=True):
-        if isinstance(encoded, str):
-            _warn(Quarantined(document.path, None, encoded))
+    for made in token_rows(documents, tokenizer):
+        if isinstance(made, Quarantined):
+            _warn(made)
         else:
-            rows.append(TokenRow(document.id, document.slice, document.source, *encoded, document.split_key))
+            rows += made
     return TokenDataset.of(rows)
 
 

@@ -1,4 +1,4 @@
-"""The document: one piece of text, conversation or prompt with its completion, and where it came from.
+"""The document: a text, a conversation, a prompt with its completion or with two to compare, and its origin.
 
     reader --> Document | Quarantined | Skipped --write_records--> Parquet
 
@@ -7,7 +7,8 @@ source and path, so that two copies of a file are two documents with one hash. A
 becomes `Quarantined` with its file, line and reason; one that is left out by rule (an empty file, a limit)
 becomes `Skipped`. Nothing is dropped without one of the two.
 
-Left out on purpose: free-form metadata. What a later step needs is a field with a type.
+Left out on purpose: free-form metadata. What a later step needs is a field with a type, or a number by name
+among the labels, which objectives read.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -27,7 +29,7 @@ import pyarrow.parquet as pq
 
 from gyrocompass.core.errors import BadInput
 
-Kind = Literal["text", "chat", "completion"]
+Kind = Literal["text", "chat", "completion", "preference"]
 Role = Literal["system", "user", "assistant", "tool"]
 
 DOCUMENTS = "documents.parquet"
@@ -51,7 +53,8 @@ class Document:
     """One document. Which content fields are filled depends on `kind`.
 
     Args:
-        kind: "text" (`text`), "chat" (`messages`) or "completion" (`prompt`, and `text` as what follows it).
+        kind: "text" (`text`), "chat" (`messages`), "completion" (`prompt`, and `text` as what follows it), or
+            "preference" (`prompt` or `messages`, and after it `text`, the chosen answer, and `rejected`).
         path: the file, with the record's line or name after it: `notes/a.md`, `chats.jsonl:12`.
         source: the name of the collection it belongs to.
         slice: the part of the data that numbers are reported for.
@@ -59,6 +62,7 @@ class Document:
         language: "python", "en", ..., or None where it is not known.
         origin_ids: the documents it was derived from.
         weight: multiplies the weight of each of its tokens; above 0.
+        labels: what a label says of it as numbers: `margin`, `desirable`, `score`.
         group: documents of one group stay on one side of a split; None means the group of its own content.
 
     >>> document = Document(kind="text", text="x = 1", path="a.py", source="files", slice="code")
@@ -72,12 +76,14 @@ class Document:
     slice: str
     text: str = ""
     prompt: str = ""
+    rejected: str = ""
     messages: tuple[Message, ...] = ()
     licence: str | None = None
     language: str | None = None
     origin_ids: tuple[str, ...] = ()
     weight: float = 1.0
     group: str | None = None
+    labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @cached_property
     def content_hash(self) -> str:
@@ -89,6 +95,11 @@ class Document:
                 content = json.dumps([self.prompt, self.text], ensure_ascii=False)
             case "chat":
                 content = json.dumps(self.messages, ensure_ascii=False)
+            case "preference":
+                answers = [self.prompt, self.messages, self.text, self.rejected]
+                content = json.dumps(answers, ensure_ascii=False)
+        if self.labels:
+            content += json.dumps(dict(self.labels), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
@@ -107,6 +118,9 @@ class Document:
                 return (self.prompt, self.text)
             case "chat":
                 return tuple(message.content for message in self.messages)
+            case "preference":
+                asked = tuple(message.content for message in self.messages)
+                return (self.prompt, *asked, self.text, self.rejected)
 
     @cached_property
     def n_bytes(self) -> int:
@@ -178,12 +192,14 @@ DOCUMENT_SCHEMA = pa.schema(
         ("slice", pa.string()),
         ("text", pa.string()),
         ("prompt", pa.string()),
+        ("rejected", pa.string()),
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("licence", pa.string()),
         ("language", pa.string()),
         ("origin_ids", pa.list_(pa.string())),
         ("weight", pa.float64()),
         ("group", pa.string()),
+        ("labels", pa.map_(pa.string(), pa.float64())),
         ("content_hash", pa.string()),
     ]
 )
@@ -257,6 +273,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
     for row in _rows(folder, DOCUMENTS):
         row["messages"] = tuple(Message(**message) for message in row["messages"])
         row["origin_ids"] = tuple(row["origin_ids"])
+        row["labels"] = MappingProxyType(dict(row["labels"]))
         del row["id"], row["content_hash"]
         yield Document(**row)
 
@@ -286,4 +303,5 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 
 def _document_row(document: Document) -> dict[str, Any]:
     row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
-    return row | {"messages": [message._asdict() for message in document.messages]}
+    messages = [message._asdict() for message in document.messages]
+    return row | {"messages": messages, "labels": list(document.labels.items())}

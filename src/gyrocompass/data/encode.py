@@ -14,6 +14,10 @@ Bytes. A token stands for the bytes from where the token before it ended to wher
 normaliser drops counts with the next token, or with the last one at the end of the text. So the counts of a
 text add up to its UTF-8 bytes exactly, for any tokenizer with offsets. A special token stands for none.
 
+An answer that is judged (a side of a preference, a labelled answer) is encoded by `encode_judged`: of a
+conversation only the last turn is a target, and one more token, the end of text, stands after it as context,
+so that a model reads the answer's own end.
+
 The literal of a special token in a text is text; see `gyrocompass.data.chat` for conversations.
 
 Shape legend: N tokens, C characters of the text.
@@ -70,6 +74,27 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) ->
     chats = [documents[index].messages for index in spoken]
     answers.update(zip(spoken, encode_chats(tokenizer, chats), strict=True))
     return [_weighted(answers[index], document.weight) for index, document in enumerate(documents)]
+
+
+def encode_judged(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[Encoded | str]:
+    """Encode answers that are judged; see the module. Arguments, answers and errors as for `encode`."""
+    last = _ends(tokenizer)[1]
+    answers: list[Encoded | str] = []
+    for document, encoded in zip(documents, encode(documents, tokenizer), strict=True):
+        if not isinstance(encoded, str):
+            weight_N = encoded.weight_N
+            if document.kind == "chat":  # from the last target back to where the run of targets begins
+                counted_N = np.flatnonzero(weight_N > 0)
+                breaks = np.flatnonzero(np.diff(counted_N) > 1)
+                first = counted_N[breaks[-1] + 1] if len(breaks) else counted_N[0]
+                weight_N = np.where(np.arange(len(weight_N)) >= first, weight_N, 0)
+            encoded = Encoded(
+                np.append(encoded.id_N, np.int32(last)),
+                np.append(encoded.byte_N, np.int32(0)),
+                np.append(weight_N, np.float32(0)).astype(np.float32),
+            )
+        answers.append(encoded)
+    return answers
 
 
 def _weighted(encoded: Encoded | str, weight: float) -> Encoded | str:

@@ -2,19 +2,25 @@
 
     {"text": ...}                           text
     {"messages": [{"role", "content"}]}     chat
-    {"prompt": ..., "completion": ...}      completion
+    {"prompt": ..., "completion": ...}      completion; `prompt` is a text or a list of messages
+    {"prompt": ..., "chosen": ..., "rejected": ...}     preference; answers are texts or lists of messages
 
-Optional beside them: slice, source, licence, language, weight, id, group. Other fields are ignored, without a
+A preference of two conversations may leave the prompt out: it is what both begin with. Optional beside them:
+slice, source, licence, language, weight, id, group, and labels, as numbers or as true and false: `label` (is
+this answer desirable), `margin` (of a preference), `score` (of an answer). Answers to one prompt are of one
+group, so that a split keeps them on one side. Other fields are ignored, without a
 count: a text with a URL or a score beside it is still a text. What is read is checked strictly, since a field
 of the wrong type or an empty text is more often a broken export than a choice.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import AfterValidator, Field, PositiveFloat
@@ -24,7 +30,10 @@ from gyrocompass.data.document import EXCERPT_LENGTH, Document, Kind, Message, Q
 
 ROLES = ("system", "user", "assistant", "tool")
 
-ContentField = Literal["text", "messages", "prompt", "completion"]
+ContentField = Literal["text", "messages", "prompt", "completion", "chosen", "rejected"]
+
+LABELS: Mapping[str, str] = {"label": "desirable", "margin": "margin", "score": "score"}
+"""Fields that hold a number about the answer, and the names of the labels they become."""
 
 RESERVED_SLICES = ("", "total")
 """Names that no slice may have: every table has its own line `total`, and "" is "no slice"."""
@@ -111,7 +120,7 @@ def read_record(raw: object, options: RecordOptions, place: Place) -> Document |
     >>> read_record({"text": "Hello."}, RecordOptions(), place).path
     'a.jsonl:3'
     >>> read_record({"txt": "Hello."}, RecordOptions(), place).reason
-    'none of text, messages, prompt + completion; fields: txt'
+    'none of text, messages, prompt + completion, prompt + chosen + rejected; fields: txt'
     """
     try:
         if not isinstance(raw, Mapping):
@@ -123,6 +132,7 @@ def read_record(raw: object, options: RecordOptions, place: Place) -> Document |
 
 def _document(raw: Mapping[str, Any], options: RecordOptions, place: Place) -> Document:
     kind, content = _content(raw, options)
+    labels = _labels(raw) if kind != "text" else {}
     record_id = _optional(raw, "id", (str, int))
     return Document(
         kind=kind,
@@ -132,16 +142,39 @@ def _document(raw: Mapping[str, Any], options: RecordOptions, place: Place) -> D
         licence=_optional(raw, "licence", (str,)) or options.licence,
         language=_optional(raw, "language", (str,)) or options.language,
         weight=_weight(raw, options),
-        group=_optional(raw, "group", (str, int)),
+        group=_optional(raw, "group", (str, int)) or _prompt_group(kind, content, labels),
+        labels=labels,
         **content,
     )
+
+
+def _prompt_group(kind: Kind, content: Mapping[str, Any], labels: Mapping[str, float]) -> str | None:
+    """The group of all answers to one prompt, where answers are judged."""
+    if kind != "preference" and not labels:
+        return None
+    asked = content.get("messages", ())
+    prompt = [content.get("prompt", ""), asked if kind == "preference" else asked[:-1]]
+    return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()
+
+
+def _labels(raw: Mapping[str, Any]) -> dict[str, float]:
+    labels = {}
+    for name, label in LABELS.items():
+        value = raw.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or not math.isfinite(value):
+            raise _Malformed(f"{name} is not a number but {_type_name(value)}")
+        if name == "label" and value not in (0, 1):
+            raise _Malformed(f"label is {value}; it is true (desirable) or false")
+        labels[label] = float(value)
+    return labels
 
 
 def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict[str, Any]]:
     """The kind of a record and the document's content fields."""
     values: dict[ContentField, Any] = {}
-    names: tuple[ContentField, ...] = ("text", "messages", "prompt", "completion")
-    for name in names:
+    for name in get_args(ContentField):
         value = raw.get(options.fields.get(name, name))
         if value is not None:
             values[name] = value
@@ -151,28 +184,77 @@ def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict
         case ["messages"]:
             return "chat", {"messages": _messages(values["messages"])}
         case ["completion", "prompt"]:
-            prompt = _text(values["prompt"], "prompt", may_be_blank=True)
-            return "completion", {"prompt": prompt, "text": _text(values["completion"], "completion")}
+            asked = _asked(values["prompt"])
+            said = _answer(values["completion"], "completion")
+            if "messages" in asked:
+                return "chat", {"messages": (*asked["messages"], Message("assistant", said))}
+            return "completion", asked | {"text": said}
+        case ["chosen", "rejected"] | ["chosen", "prompt", "rejected"]:
+            return "preference", _preference(values)
         case []:
             fields = ", ".join(map(str, raw)) or "none"
-            raise _Malformed(f"none of text, messages, prompt + completion; fields: {fields}")
+            raise _Malformed(
+                f"none of text, messages, prompt + completion, prompt + chosen + rejected; fields: {fields}"
+            )
         case ["prompt"] | ["completion"]:
             raise _Malformed("prompt and completion belong together, and one is missing")
+        case ["chosen", *_] | ["rejected"] | ["prompt", "rejected"]:
+            raise _Malformed("chosen and rejected belong together, and one is missing")
         case found:
             raise _Malformed(f"more than one content: {', '.join(found)}")
 
 
-def _messages(value: Any) -> tuple[Message, ...]:
+def _preference(values: Mapping[ContentField, Any]) -> dict[str, Any]:
+    """The prompt, the chosen answer and the rejected one."""
+    chosen, rejected, prompt = values["chosen"], values["rejected"], values.get("prompt")
+    if prompt is None:
+        if not (isinstance(chosen, list) and isinstance(rejected, list)):
+            raise _Malformed("chosen and rejected without a prompt are two lists of messages")
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        if shared == min(len(chosen), len(rejected)):
+            shared -= 1  # one is the beginning of the other, or they are equal: said below
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    asked = _asked(prompt)
+    said = {"text": _answer(chosen, "chosen"), "rejected": _answer(rejected, "rejected")}
+    if said["text"] == said["rejected"]:
+        raise _Malformed("chosen and rejected are the same")
+    return asked | said
+
+
+def _asked(prompt: Any) -> dict[str, Any]:
+    """A prompt, as a text or as the messages of a conversation."""
+    if isinstance(prompt, list):
+        return {"messages": _turns(prompt, "prompt")}
+    return {"prompt": _text(prompt, "prompt", may_be_blank=True)}
+
+
+def _answer(value: Any, name: str) -> str:
+    """What the assistant says: a text, or a list with one message of the assistant."""
+    if not isinstance(value, list):
+        return _text(value, name)
+    turns = _turns(value, name)
+    if len(turns) != 1 or turns[0].role != "assistant":
+        raise _Malformed(f"{name} is not one message of the assistant but {len(turns)} messages")
+    return _text(turns[0].content, name)
+
+
+def _turns(value: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise _Malformed(f"messages is not a list of messages but {_type_name(value)}")
-    messages = tuple(_message(entry, index) for index, entry in enumerate(value))
+        found = "an empty one" if value == [] else _type_name(value)
+        raise _Malformed(f"{name} is not a list of messages but {found}")
+    return tuple(_message(entry, f"{name}[{index}]") for index, entry in enumerate(value))
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    messages = _turns(value, "messages")
     if not any(message.role == "assistant" and message.content.strip() for message in messages):
         raise _Malformed("no assistant message that says something")
     return messages
 
 
-def _message(entry: Any, index: int) -> Message:
-    where = f"messages[{index}]"
+def _message(entry: Any, where: str) -> Message:
     if not isinstance(entry, Mapping):
         raise _Malformed(f"{where} is not an object but {_type_name(entry)}")
     role = entry.get("role")

@@ -47,6 +47,26 @@ def nll(log_probs: TokenLogProbs, batch: Batch) -> Terms:
     return Terms(-log_probs.logprob_T, batch.weight_T)
 
 
+@objective(separable=True)
+def excess_nll(log_probs: TokenLogProbs, batch: Batch) -> Terms:
+    """Negative log-likelihood above that of a reference on the same tokens.
+
+        value_t = log p_ref(y_t) - log p(y_t)
+
+    Its gradient is that of `nll`; its mean says how far a model has moved from the reference, and can be kept
+    under a bound (`blend: {lagrangian: ...}`).
+
+    Args:
+        log_probs: any.
+        batch: with the column `reference_logprob`.
+
+    Returns:
+        Terms [T] in nats, of either sign.
+    """
+    reference_T = batch.column("reference_logprob", batch.weight_T > 0)
+    return Terms(reference_T.to(log_probs.logprob_T.dtype) - log_probs.logprob_T, batch.weight_T)
+
+
 @objective()
 def sequence_nll(log_probs: TokenLogProbs, batch: Batch, *, length_normalised: bool = False) -> Terms:
     """Negative log-likelihood of whole sequences, each an example with a weight.

@@ -32,7 +32,7 @@ class DocumentsStage(Stage):
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes documents.parquet and quarantined.parquet."""
         records = read_sources(self.sources, max_quarantined_share=self.max_quarantined_share)
-        _write(draft, _counting(records, workplace))
+        write_stage_records(draft, counting(records, workplace))
 
 
 class SplitStage(Stage):
@@ -50,7 +50,7 @@ class SplitStage(Stage):
         """Writes documents.parquet."""
         documents = read_documents(workplace.input("documents"))
         chosen = (d for d in documents if side(d, self.held_out_share, self.salt) == self.side)
-        _write(draft, _counting(chosen, workplace))
+        write_stage_records(draft, counting(chosen, workplace))
 
 
 class PairsStage(Stage):
@@ -67,7 +67,7 @@ class PairsStage(Stage):
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes documents.parquet with conversations; each knows the document it was derived from."""
         derived = pairs(read_documents(workplace.input("documents")))
-        _write(draft, _counting(derived, workplace))
+        write_stage_records(draft, counting(derived, workplace))
 
 
 def listed(document: Document) -> DocumentRow:
@@ -81,7 +81,8 @@ def listed(document: Document) -> DocumentRow:
     )
 
 
-def _counting(records: Iterable[Record], workplace: Workplace) -> Iterator[Record]:
+def counting(records: Iterable[Record], workplace: Workplace) -> Iterator[Record]:
+    """The records, with progress shown."""
     task = workplace.progress.task(workplace.name, None, unit="doc")
     for record in records:
         yield record
@@ -89,7 +90,8 @@ def _counting(records: Iterable[Record], workplace: Workplace) -> Iterator[Recor
     task.finish()
 
 
-def _write(draft: Draft, records: Iterable[Record]) -> None:
+def write_stage_records(draft: Draft, records: Iterable[Record]) -> None:
+    """Write a stage's records, and list and count them in its draft."""
     rows: list[DocumentRow] = []
     tally = write_records(draft.path, _listing(records, rows))
     draft.documents = rows

@@ -55,6 +55,8 @@ class TokensStage(Stage):
     tokenizer: StageName
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """More documents than this in which nothing can be learned fail the stage."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Longer documents, a preference's two sides together, are quarantined."""
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes tokens-*.parquet, and quarantined.parquet with the documents that yielded nothing."""
@@ -65,6 +67,7 @@ class TokensStage(Stage):
             _remembered(folder, rows),
             load_tokenizer(workplace.input("tokenizer")),
             draft.path,
+            max_tokens=self.max_tokens,
             on_progress=task.advance,
         )
         task.finish()

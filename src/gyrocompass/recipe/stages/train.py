@@ -24,8 +24,10 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.head import find_head
 from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
+from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
 from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, Workplace
 from gyrocompass.recipe.stages.model import ADAPTER, check_fit, copy_model, open_model
@@ -50,6 +52,10 @@ class TrainStage(Stage, TrainConfig):
     held_out_documents: int | None = Field(default=None, ge=1)
     """Evaluate on the first so many held-out documents of each slice while training; None: on all of them."""
     lora: LoraSettings | None = None
+    scalar_head: bool = False
+    """Train a scalar head beside the head of words, for objectives that read one: a reward, a value."""
+    teacher: OptionalStageName = None
+    """What objectives of distillation learn from."""
 
     @model_validator(mode="after")
     def _check_what_needs_held_out(self) -> TrainStage:
@@ -70,6 +76,9 @@ class TrainStage(Stage, TrainConfig):
         check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
         if self.lora:
             model = apply_lora(model, self.lora, seed=self.seed)
+        if self.scalar_head:
+            attach_scalar_head(model)
+        teacher = self._teacher(workplace, model)
         config = TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
         evaluate = self._evaluation(model, held_out, workplace.world) if held_out is not None else None
         tracker = self._tracker(workplace) if world.is_first else None
@@ -79,6 +88,7 @@ class TrainStage(Stage, TrainConfig):
             config,
             workplace.work,
             world=world,
+            teacher=teacher,
             evaluate=evaluate,
             tracker=tracker,
             progress=workplace.progress,
@@ -87,12 +97,30 @@ class TrainStage(Stage, TrainConfig):
         if world.is_first:
             if self.lora and not self.lora.merge_on_save:
                 copy_model(base, draft.path)
-                save_adapter(model, draft.path / ADAPTER)
+                with without_scalar_head(model) as head:
+                    save_adapter(model, draft.path / ADAPTER)
+                if head is not None:
+                    save_scalar_head(head, draft.path)
             else:
                 save_model(model, draft.path, tokenizer=load_tokenizer(base))
             self._keep_run(workplace.work, draft, outcome)
         if tracker is not None:
             tracker.close()
+
+    def _teacher(self, workplace: Workplace, student: nn.Module) -> nn.Module | None:
+        if self.teacher is None:
+            return None
+        teacher = open_model(
+            workplace.input("teacher"), dtype=PRECISIONS[self.precision], device=workplace.world.device
+        )
+        sizes = [len(find_head(model).w_VD) for model in (student, teacher)]
+        if sizes[0] != sizes[1]:
+            raise BadInput(
+                f"the teacher has {sizes[1]} tokens of vocabulary, the student {sizes[0]}",
+                where=f"stages.{workplace.name}.teacher",
+                fix="distil between models of one tokenizer",
+            )
+        return teacher
 
     def _evaluation(self, model: nn.Module, held_out: TokenDataset, world: World) -> Callable[[], Ledger]:
         documents = _first_of_each_slice(held_out, self.held_out_documents)[world.rank :: world.size]

@@ -1,0 +1,129 @@
+"""Samples from a server: any that speaks OpenAI's completions with token ids in and out, vLLM for one.
+
+    POST URL/v1/completions {model, prompt: [ids], max_tokens, temperature, seed, logprobs: 1,
+                             return_tokens_as_token_ids: true}
+    choices[0].logprobs.tokens = ["token_id:17", ...], .token_logprobs = [-0.3, ...]
+
+Token in, token out: a server that answers with text alone is refused, since tokenising its text again gives
+other tokens than it drew. Requests run side by side, a bounded number at a time. What may pass (a refused
+connection, a time-out, 429, 5xx) is tried again with growing pauses; when it does not, the failure says so.
+
+Left out: handing new weights to the server, which is done beside it; streaming.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pydantic import Field
+
+from gyrocompass.core.config import Config
+from gyrocompass.core.errors import BadInput, GyroError
+from gyrocompass.model.sampler import Sampled, Sampling
+
+_TOKEN = "token_id:"
+
+
+class UpstreamConfig(Config):
+    """Where the server is, and how patient we are with it."""
+
+    url: str
+    """Without /v1/completions."""
+    model: str
+    """The name that the server gives it."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    attempts: int = Field(default=4, ge=1)
+    parallel_requests: int = Field(default=16, ge=1)
+    key: str | None = None
+    """Sent as a bearer token."""
+
+
+def sample_upstream(
+    config: UpstreamConfig,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Sampled]:
+    """Go on from each prompt, on the server; arguments and answers as for `sampler.sample`.
+
+    Raises:
+        GyroError: the server cannot be reached, or fails again and again.
+        BadInput: it refuses the request, or its answer has no token ids or no log-probabilities.
+    """
+
+    def one(asked: tuple[Sequence[int], int]) -> Sampled:
+        return _read(config, _post(config, _request(config, *asked, sampling), sleep), sampling)
+
+    with ThreadPoolExecutor(config.parallel_requests) as pool:
+        return list(pool.map(one, zip(prompts, seeds, strict=True)))
+
+
+def _request(config: UpstreamConfig, prompt: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "model": config.model,
+        "prompt": list(prompt),
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "seed": seed % 2**31,
+        "logprobs": 1,
+        "return_tokens_as_token_ids": True,
+        "stop_token_ids": sorted(sampling.end_ids),
+    }
+    if sampling.top_p is not None:
+        request["top_p"] = sampling.top_p
+    if sampling.top_k is not None:
+        request["top_k"] = sampling.top_k
+    return request
+
+
+def _post(config: UpstreamConfig, body: dict[str, Any], sleep: Callable[[float], None]) -> Any:
+    headers = {"Content-Type": "application/json"}
+    if config.key is not None:
+        headers["Authorization"] = f"Bearer {config.key}"
+    url = f"{config.url.rstrip('/')}/v1/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    failure = ""
+    for attempt in range(config.attempts):
+        if attempt:
+            sleep(0.5 * 2.0**attempt)
+        try:
+            with urllib.request.urlopen(request, timeout=config.timeout_s) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            failure = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+            if error.code != 429 and error.code < 500:
+                raise BadInput(f"the engine refuses a request: {failure}", where=url) from error
+        except (OSError, ValueError) as error:  # refused, reset, timed out; an answer that is no JSON
+            failure = str(error) or type(error).__name__
+    raise GyroError(
+        f"the engine failed {config.attempts} times in a row: {failure}",
+        where=url,
+        fix="start it again and run the same command: everything before this step is saved",
+    )
+
+
+def _read(config: UpstreamConfig, answer: Any, sampling: Sampling) -> Sampled:
+    try:
+        choice = answer["choices"][0]
+        tokens, logprobs = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+        if not all(token.startswith(_TOKEN) for token in tokens) or len(tokens) != len(logprobs):
+            raise ValueError("its tokens are not token ids")
+        ids = [int(token.removeprefix(_TOKEN)) for token in tokens]
+        recorded = [float(logprob) for logprob in logprobs]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(
+            f"the engine does not answer with token ids and their log-probabilities: {error!r}",
+            where=config.url,
+            fix="use a server that knows `return_tokens_as_token_ids`, such as vLLM",
+        ) from error
+    if not ids:
+        raise BadInput("the engine answered with no token at all", where=config.url)
+    return Sampled(ids, recorded, ids[-1] in sampling.end_ids)

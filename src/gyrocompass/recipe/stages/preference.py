@@ -1,0 +1,64 @@
+"""Preferences, and what the reference says of them: the data that alignment learns from."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from gyrocompass.core.artifact import Draft
+from gyrocompass.data.corrupt import preferences
+from gyrocompass.data.document import read_documents
+from gyrocompass.data.tokens import TokenDataset, write_tokens
+from gyrocompass.model.score import evaluating, scored_tokens
+from gyrocompass.recipe.stage import Stage, StageName, Workplace
+from gyrocompass.recipe.stages.corpus import counting, write_stage_records
+from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.train.config import PRECISIONS
+
+REFERENCE = "reference_logprob"
+
+
+class PreferencesStage(Stage):
+    """Preferences of code over the same code made worse, from conversations that end in code."""
+
+    kind: Literal["preferences"] = "preferences"
+    makes: ClassVar[str] = "documents"
+    documents: StageName
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Writes documents.parquet with preferences; each knows the conversation it was derived from."""
+        derived = preferences(read_documents(workplace.input("documents")))
+        write_stage_records(draft, counting(derived, workplace))
+
+
+class ReferenceStage(Stage):
+    """The same tokens with one more column: their log-probability under a reference model.
+
+    The reference is a parent of the artifact, so cached numbers are never those of another model.
+    """
+
+    kind: Literal["reference"] = "reference"
+    makes: ClassVar[str] = "tokens"
+    data: StageName
+    model: StageName
+    sequence_length: int = Field(default=512, ge=2)
+    rows_per_batch: int = Field(default=8, ge=1)
+    precision: Literal["float64", "float32", "bf16"] = "float32"
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Writes tokens-*.parquet with the column `reference_logprob`."""
+        dtype = PRECISIONS[self.precision]
+        model = open_model(workplace.input("model"), dtype=dtype, device=workplace.world.device)
+        data = TokenDataset.open(workplace.input("data"))
+        check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
+        task = workplace.progress.task(workplace.name, data.n_targets, unit="tok")
+        logprob_N = np.full(data.n_tokens, np.nan, np.float32)
+        with evaluating(model):
+            for part in scored_tokens(model, data, self.sequence_length, self.rows_per_batch):
+                logprob_N[part.index_K] = part.logprob_K
+                task.advance(len(part.index_K))
+        task.finish()
+        counts = write_tokens(draft.path, data.with_column(REFERENCE, logprob_N).rows())
+        draft.counts |= {"documents": counts.documents, "tokens": counts.tokens, "targets": counts.targets}

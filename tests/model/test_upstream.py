@@ -1,0 +1,118 @@
+"""The engine by URL, against small servers on the loopback that answer, refuse, fail and recover."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from gyrocompass.core.errors import BadInput, GyroError
+from gyrocompass.model.sampler import Sampled, Sampling
+from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
+
+SAMPLING = Sampling(max_new_tokens=5, end_ids=(0,))
+
+
+class Server(ThreadingHTTPServer):
+    """Gives the answers it is told to, one status and body after the other; the last one for good."""
+
+    def __init__(self, answers: list[tuple[int, Any]]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.asked = answers, []  # type: list[tuple[int, Any]], list[dict[str, Any]]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked)
+        number = min(len(self.server.asked), len(self.server.answers)) - 1
+        status, body = self.server.answers[number]
+        data = json.dumps(body(asked) if callable(body) else body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def serving(*answers: tuple[int, Any]) -> Iterator[tuple[Server, UpstreamConfig]]:
+    with Server(list(answers)) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            yield server, UpstreamConfig(url=url, model="tiny", attempts=3, timeout_s=5)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def counting(asked: dict[str, Any]) -> dict[str, Any]:
+    """Goes on with the last id of the prompt, and ends."""
+    ids = [asked["prompt"][-1] + 1, 0]
+    return {
+        "choices": [{"logprobs": {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": [-0.5, -0.25]}}]
+    }
+
+
+def sampled(config: UpstreamConfig, pauses: list[float] | None = None) -> list[Sampled]:
+    waits: list[float] = [] if pauses is None else pauses
+    return sample_upstream(config, [[1, 2], [3]], [7, 8], SAMPLING, sleep=waits.append)
+
+
+def test_ids_go_in_and_come_out() -> None:
+    with serving((200, counting)) as (server, config):
+        found = sampled(config)
+    assert found == [Sampled([3, 0], [-0.5, -0.25], True), Sampled([4, 0], [-0.5, -0.25], True)]
+    asked = sorted(server.asked, key=lambda request: request["seed"])
+    assert [request["prompt"] for request in asked] == [[1, 2], [3]]
+    assert asked[0]["max_tokens"] == 5 and asked[0]["return_tokens_as_token_ids"] is True
+
+
+def test_what_passes_is_tried_again() -> None:
+    pauses: list[float] = []
+    with serving((503, {}), (429, {}), (200, counting)) as (_, config):
+        config = config.model_copy(update={"parallel_requests": 1})
+        assert len(sampled(config, pauses)) == 2
+    assert len(pauses) == 2 and pauses[0] < pauses[1]
+
+
+def test_what_does_not_pass_is_said() -> None:
+    with serving((500, {"error": "no memory"})) as (_, config), pytest.raises(GyroError) as raised:
+        sampled(config)
+    assert "failed 3 times in a row: HTTP 500" in str(raised.value) and raised.value.exit_code == 1
+
+
+def test_nobody_there() -> None:
+    with serving((200, counting)) as (_, config):
+        pass
+    with pytest.raises(GyroError, match="failed 3 times"):
+        sampled(config)
+
+
+@pytest.mark.parametrize(
+    "status, body, message",
+    [
+        (400, {"error": "unknown model"}, "refuses a request: HTTP 400"),
+        (200, {"choices": [{"text": "hello", "logprobs": None}]}, "does not answer with token ids"),
+        (
+            200,
+            {"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": [-1.0]}}]},
+            "does not answer with token ids",
+        ),
+        (200, {"choices": [{"logprobs": {"tokens": [], "token_logprobs": []}}]}, "no token at all"),
+    ],
+)
+def test_other_answers_are_bad_input(status: int, body: Any, message: str) -> None:
+    with serving((status, body)) as (_, config), pytest.raises(BadInput, match=message):
+        sampled(config)
