@@ -87,8 +87,9 @@ def test_formula_11_the_token_is_drawn_at_the_position_before(model: nn.Module) 
         p_V = model(torch.tensor([ids[:2]])).logits[0, -1].softmax(0)
     model.train()
     config = ScheduledSamplingConfig(epsilon=1.0)
+    third_T = batch.position_T.eq(2) & batch.segment_T.ge(0)
     read = torch.cat([
-        scheduled_sampling(model, batch, config, step).batch.token_T[batch.position_T.eq(2) & batch.segment_T.ge(0)]
+        scheduled_sampling(model, batch, config, step).batch.token_T[third_T]
         for step in range(10)
     ])  # fmt: skip
     share_V = torch.bincount(read, minlength=VOCABULARY) / len(read)

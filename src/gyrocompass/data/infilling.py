@@ -85,7 +85,7 @@ def fill_in_the_middle(
     >>> fill_in_the_middle(text, "a", Sentinels(7, 8, 9), config).id_N.tolist()
     [0, 7, 1, 2, 8, 9, 3, 4, 0]
 
-    Source: Bavarian et al. 2022, arXiv:2207.14255, section 3 and appendix D.
+    Source: Bavarian et al. 2022, arXiv:2207.14255.
     """
     _check(encoded, document_id, sentinels)
     random = _random(config.seed, document_id, "infilling")

@@ -36,7 +36,7 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "step_reward": "give answers in steps, each with a label",
     "advantage": "train on rollouts, which bring advantages",
     "rollout_logprob": "train on rollouts, which bring their sampler's log-probabilities",
-    "teacher_token/0": "score the data with the teacher first, and keep its likeliest tokens as columns",
+    "teacher_token/0": "score the data with the teacher first: gyrocompass.model.teacher.with_teacher",
     "relevance": "give each of a unit's records a label `relevance`, higher where it should rank higher",
     "role": "give each record a label `role`: 0 a query, 1 what answers it, 2 what does not",
     "retriever_logprob": "give each passage of a question a label `retriever_logprob`, its retriever's score",

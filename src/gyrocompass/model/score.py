@@ -52,6 +52,7 @@ def log_probs(
     *,
     want: Collection[str] = WANTS,
     candidate_TC: Tensor | None = None,
+    n_top: int = 0,
     seed_T: Tensor | None = None,
     expect: Expect | None = None,
     divergences: Sequence[Divergence] = (),
@@ -70,6 +71,7 @@ def log_probs(
         batch: on the model's device.
         want: as for `token_logprobs`, and "scalar" and "hidden".
         candidate_TC: as for `token_logprobs`.
+        n_top: as for `token_logprobs`.
         seed_T: as for `token_logprobs`.
         expect: as for `token_logprobs`; sees the other fields too, as constants.
         divergences: which, one column each.
@@ -100,6 +102,7 @@ def log_probs(
         logit_scale=head.logit_scale,
         want=[name for name in want if name in WANTS],
         candidate_TC=candidate_TC,
+        n_top=n_top,
         seed_T=seed_T,
         expect=expect,
         backend=backend,
@@ -270,6 +273,21 @@ def scored_tokens(
 ) -> Iterator[ScoredTokens]:
     """Every counted token of a dataset once, batch by batch; no gradients, the model's mode as it is."""
     device = next(model.parameters()).device
+    for batch, index_T in batches_of(dataset, length, rows, documents=documents, device=device):
+        with torch.no_grad(), precision(device, autocast):
+            answer = log_probs(model, batch, want=("entropy", "rank"), check_finite=check_finite)
+        yield _counted(batch, answer, index_T)
+
+
+def batches_of(
+    dataset: TokenDataset,
+    length: int,
+    rows: int,
+    *,
+    documents: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Batch, Int64Array]]:
+    """A dataset once, packed: batches, and for each position the dataset's index of the token it predicts."""
     pieces = _of_documents(cut(dataset, length), documents)
     if pieces.n_pieces == 0:
         return
@@ -278,9 +296,7 @@ def scored_tokens(
     for start in range(0, len(packed_rows), rows):
         part = packed_rows[start : start + rows]
         batch = to_batch(assemble(dataset, pieces, part, length), device)
-        with torch.no_grad(), precision(device, autocast):
-            answer = log_probs(model, batch, want=("entropy", "rank"), check_finite=check_finite)
-        yield _counted(batch, answer, _target_index(pieces, part, length))
+        yield batch, _target_index(pieces, part, length)
 
 
 @contextmanager
