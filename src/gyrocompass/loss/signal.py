@@ -76,6 +76,8 @@ class TokenLogProbs(NamedTuple):
     """The divergences from a teacher that were asked for, one column each; 0 where not counted."""
     hidden_TD: Tensor | None = None
     """The hidden states themselves, for objectives about whole texts."""
+    future_TK: Tensor | None = None
+    """log p of the tokens after the target, by the model's future heads; 0 where there is none to predict."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from gyrocompass.loss.signal import Batch, Divergence, Expect, TokenLogProbs
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.score import Score, TokenScores
 from gyrocompass.model.batch import to_batch
+from gyrocompass.model.future_heads import future_logprobs
 from gyrocompass.model.head import Head, find_head, hidden_states
 from gyrocompass.model.scalar_head import scalars
 
@@ -63,13 +64,13 @@ def log_probs(
     """What a model says of a batch's targets: its hidden states and its head, through the primitive.
 
     Besides the primitive's answer it gives what is asked of the hidden states: `scalar_T` of the scalar head
-    for "scalar" in `want`, the hidden states themselves for "hidden", and `divergence_TK` for divergences
-    from a teacher, at the positions that count.
+    for "scalar" in `want`, the hidden states themselves for "hidden", `future_TK` of the future heads for
+    "future", and `divergence_TK` for divergences from a teacher, at the positions that count.
 
     Args:
         model: a causal language model of a known architecture, with or without LoRA, in either mode.
         batch: on the model's device.
-        want: as for `token_logprobs`, and "scalar" and "hidden".
+        want: as for `token_logprobs`, and "scalar", "hidden" and "future".
         candidate_TC: as for `token_logprobs`.
         n_top: as for `token_logprobs`.
         seed_T: as for `token_logprobs`.
@@ -88,6 +89,8 @@ def log_probs(
         beside["scalar_T"] = scalars(model, h_TD)
     if "hidden" in want:
         beside["hidden_TD"] = h_TD
+    if "future" in want:
+        beside["future_TK"] = future_logprobs(model, h_TD, batch, backend=backend)
     if divergences:
         beside["divergence_TK"] = _divergences(head, h_TD, batch, divergences, teacher)
     if expect is not None and beside:
