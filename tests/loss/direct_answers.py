@@ -224,6 +224,22 @@ def assert_law_1(entries: list[Any], window: Window, indices: Sequence[Tensor]) 
     assert_gradients(torch.stack(shares).sum(), loss, window, rtol=1e-9)
 
 
+def assert_two_passes(entries: list[Any], window: Window, indices: Sequence[Tensor]) -> None:
+    """Law 1 for what judges by the whole window, as a split window is trained on: the answers of all
+    micro-batches give the loss, whose slopes each micro-batch then sends through the model."""
+    composite = parse_objectives(entries)
+    loss = _loss(normalise(composite, [window.batch]), window, composite, window.batch, None)
+    joined_T = torch.cat(list(indices))
+    joined = take(window.batch, joined_T)
+    parts = [window.log_probs(composite, index_T).logprob_T for index_T in indices]
+    seen_T = torch.cat(parts).detach().requires_grad_()
+    answer = window.log_probs(composite, joined_T)._replace(logprob_T=seen_T)
+    again = normalise(composite, [joined]).loss(composite(answer, joined), joined).loss
+    torch.testing.assert_close(again, loss, rtol=1e-10, atol=1e-12)
+    (slope_T,) = torch.autograd.grad(again, seen_T)
+    assert_gradients((torch.cat(parts) * slope_T).sum(), loss, window, rtol=1e-9)
+
+
 def _loss(
     normaliser: Normaliser, window: Window, composite: Composite, batch: Batch, index_T: Tensor | None
 ) -> Tensor:

@@ -21,6 +21,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.likelihood import (
     confidence_penalty,
     dft,
+    excess_nll,
     focal,
     label_smoothing,
     log1mexp,
@@ -150,8 +151,19 @@ def test_objective_is_its_formula(name: str, backend: str, seed: int) -> None:
 
 def test_every_objective_per_token_has_a_case() -> None:
     own = {name for name, one in OBJECTIVES.items() if one.function.__module__ == nll.__module__}
-    elsewhere = {"sequence_nll", "excess_nll"}  # one term per sequence; a column of the data
-    assert {name for entry, _ in CASES.values() for name in entry} == own - elsewhere
+    tested_below = {"sequence_nll", "excess_nll"}
+    assert {name for entry, _ in CASES.values() for name in entry} == own - tested_below
+
+
+def test_excess_nll_is_nll_less_that_of_the_reference() -> None:
+    batch = make_batch(N_TOKENS, VOCABULARY, 3)
+    batch = dataclasses.replace(batch, columns={"reference_logprob": torch.linspace(-3, 0, N_TOKENS)})
+    log_probs = token_logprobs(*head(3), batch.target_T, want=())
+    found, plain = excess_nll(log_probs, batch), nll(log_probs, batch)
+    counted_T = batch.weight_T > 0
+    expected_T = plain.value + torch.linspace(-3, 0, N_TOKENS).masked_fill(~counted_T, 0.0)
+    torch.testing.assert_close(found.value, expected_T)
+    assert torch.equal(found.weight, plain.weight)
 
 
 @pytest.mark.parametrize("length_normalised", [False, True])

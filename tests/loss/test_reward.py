@@ -225,7 +225,7 @@ def test_masked_pairs_give_exactly_none() -> None:
 @pytest.mark.parametrize(
     ("entry", "given_labels", "message"),
     [
-        ({"reward_pairs": {"margin": True}}, lambda unit, side: {}, "by how much the chosen answer"),
+        ({"reward_pairs": {"margin": True}}, lambda unit, side: {}, "a number: margin"),
         ({"reward_pairs_with_ties": {}}, lambda unit, side: {"tie": 0.5}, "'tie' is 0.5; it must be 1 or 0"),
         ({"reward_regression": {}}, lambda unit, side: {"score": math.nan}, "no finite number"),
         ({"reward_classification": {}}, lambda unit, side: {"desirable": 1.5}, "between 0 and 1"),

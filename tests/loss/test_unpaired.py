@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from direct_answers import Answer, Labels, Window, assert_law_1, assert_terms, make_window, split
+from direct_answers import (
+    Answer,
+    Labels,
+    Window,
+    assert_law_1,
+    assert_terms,
+    assert_two_passes,
+    make_window,
+    split,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -99,11 +108,11 @@ def test_the_split_changes_nothing(seed: int, parts: int) -> None:
 
 
 @settings(deadline=None, max_examples=8)
-@given(seed=seeds)
-def test_the_packing_order_changes_nothing(seed: int) -> None:
+@given(seed=seeds, parts=st.integers(1, 3))
+def test_the_split_changes_nothing_that_the_window_judges(seed: int, parts: int) -> None:
     window = singles(8, seed)
     entries = ["kto", {"kto": {"kl": "mismatched", "name": "mismatched"}}, "bco_unpaired"]
-    assert_law_1(entries, window, split(window.batch, seed, parts=1))
+    assert_two_passes(entries, window, split(window.batch, seed, parts))
 
 
 def test_what_the_window_judges_by_needs_the_whole_window() -> None:

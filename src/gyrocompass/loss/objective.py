@@ -33,8 +33,11 @@ from gyrocompass.loss import contrastive as contrastive  # these modules' object
 from gyrocompass.loss import distill as distill
 from gyrocompass.loss import likelihood as likelihood
 from gyrocompass.loss import multi_token as multi_token
+from gyrocompass.loss import policy as policy
+from gyrocompass.loss import policy_value as policy_value
 from gyrocompass.loss import preference as preference
 from gyrocompass.loss import reference_free as reference_free
+from gyrocompass.loss import reference_kl as reference_kl
 from gyrocompass.loss import retrieval as retrieval
 from gyrocompass.loss import reward as reward
 from gyrocompass.loss import unpaired as unpaired

@@ -46,8 +46,9 @@ def kto(
 
     z estimates KL(policy || reference). The paper takes that mean over mismatched answers, each a prompt with
     another's answer, which are further sequences to compute: `kl: mismatched` reads them, marked by the label
-    `mismatched` (1, else 0); they have no term. The default takes it over the window's own answers, as BCO
-    does: it needs no further data, and is larger where the policy has moved towards what it was trained on.
+    `mismatched` (1, else 0); their `desirable` is not used. The default takes it over the window's own
+    answers, as BCO does: it needs no further data, and is larger where the policy has moved towards what it
+    was trained on.
 
     The weights of desirable and undesirable multiply values, not the denominator: the mean is over sequences.
 

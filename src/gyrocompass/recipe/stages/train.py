@@ -24,6 +24,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.future_heads import attach_future_heads, save_future_heads, without_future_heads
 from gyrocompass.model.head import find_head
 from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
@@ -54,6 +55,8 @@ class TrainStage(Stage, TrainConfig):
     lora: LoraSettings | None = None
     scalar_head: bool = False
     """Train a scalar head beside the head of words, for objectives that read one: a reward, a value."""
+    future_heads: int = Field(default=0, ge=0)
+    """How many tokens after the next one are predicted too, for the objective `multi_token`."""
     teacher: OptionalStageName = None
     """What objectives of distillation learn from."""
 
@@ -78,6 +81,8 @@ class TrainStage(Stage, TrainConfig):
             model = apply_lora(model, self.lora, seed=self.seed)
         if self.scalar_head:
             attach_scalar_head(model)
+        if self.future_heads:
+            attach_future_heads(model, self.future_heads)
         teacher = self._teacher(workplace, model)
         config = TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
         evaluate = self._evaluation(model, held_out, workplace.world) if held_out is not None else None
@@ -97,10 +102,12 @@ class TrainStage(Stage, TrainConfig):
         if world.is_first:
             if self.lora and not self.lora.merge_on_save:
                 copy_model(base, draft.path)
-                with without_scalar_head(model) as head:
+                with without_scalar_head(model) as head, without_future_heads(model) as ahead:
                     save_adapter(model, draft.path / ADAPTER)
                 if head is not None:
                     save_scalar_head(head, draft.path)
+                if ahead is not None:
+                    save_future_heads(ahead, draft.path)
             else:
                 save_model(model, draft.path, tokenizer=load_tokenizer(base))
             self._keep_run(workplace.work, draft, outcome)
