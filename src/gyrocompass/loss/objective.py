@@ -29,7 +29,17 @@ from torch import Tensor
 
 from gyrocompass.core.config import Config, parse
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
-from gyrocompass.loss import likelihood as likelihood  # its objectives register themselves
+from gyrocompass.loss import contrastive as contrastive  # these modules' objectives register themselves
+from gyrocompass.loss import distill as distill
+from gyrocompass.loss import likelihood as likelihood
+from gyrocompass.loss import policy as policy
+from gyrocompass.loss import policy_value as policy_value
+from gyrocompass.loss import preference as preference
+from gyrocompass.loss import reference_free as reference_free
+from gyrocompass.loss import reference_kl as reference_kl
+from gyrocompass.loss import retrieval as retrieval
+from gyrocompass.loss import reward as reward
+from gyrocompass.loss import unpaired as unpaired
 from gyrocompass.loss.registry import OBJECTIVES, Registered
 from gyrocompass.loss.signal import IGNORE_INDEX, Batch, Divergence, Terms, TokenLogProbs
 

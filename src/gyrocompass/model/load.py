@@ -56,7 +56,7 @@ def load_causal_lm(
     folder = Path(path)
     config = _read_config(folder)
     _check_weight_files(folder)
-    with _quiet():
+    with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -119,7 +119,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     merged into the weights (rounded to their dtype), and stays as it is itself; `lora.save_adapter` writes
     the update alone. A scalar head is written beside them.
     """
-    with without_scalar_head(model) as head, _quiet():
+    with without_scalar_head(model) as head, quiet():
         whole: Any = merged(model) if is_adapted(model) else model
         whole.save_pretrained(folder)
     if head is not None:
@@ -241,7 +241,7 @@ def _check_complete(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the bars and warnings of `transformers`: what matters in them is raised instead."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

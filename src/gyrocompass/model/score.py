@@ -52,6 +52,7 @@ def log_probs(
     *,
     want: Collection[str] = WANTS,
     candidate_TC: Tensor | None = None,
+    seed_T: Tensor | None = None,
     expect: Expect | None = None,
     divergences: Sequence[Divergence] = (),
     teacher: nn.Module | None = None,
@@ -69,6 +70,7 @@ def log_probs(
         batch: on the model's device.
         want: as for `token_logprobs`, and "scalar" and "hidden".
         candidate_TC: as for `token_logprobs`.
+        seed_T: as for `token_logprobs`.
         expect: as for `token_logprobs`; sees the other fields too, as constants.
         divergences: which, one column each.
         teacher: the model that they are from; it gets no gradient.
@@ -98,6 +100,7 @@ def log_probs(
         logit_scale=head.logit_scale,
         want=[name for name in want if name in WANTS],
         candidate_TC=candidate_TC,
+        seed_T=seed_T,
         expect=expect,
         backend=backend,
         check_finite=check_finite,
@@ -116,11 +119,21 @@ def _divergences(
     if teacher is None:
         raise BadInput("an objective asks for a divergence from a teacher", fix="name one: `teacher: STAGE`")
     counted_T = batch.weight_T > 0
+    student = _as_divergent(head, h_TD)
     with torch.no_grad():
-        taught_TD = hidden_states(teacher, batch)
-    student, master = _as_divergent(head, h_TD), _as_divergent(find_head(teacher), taught_TD)
-    columns = [divergence(student, master, kind, beta=beta, mask_T=counted_T) for kind, beta in asked]
+        master = _as_divergent(find_head(teacher), hidden_states(teacher, batch))
+    master = _without_gradient(master)
+    columns = []
+    for kind, beta, temperature in asked:
+        p, q = (side._replace(temperature=temperature) for side in (student, master))
+        columns.append(divergence(p, q, kind, beta=beta, mask_T=counted_T))
     return torch.stack(columns, dim=1)
+
+
+def _without_gradient(head: DivergentHead) -> DivergentHead:
+    bias_V = None if head.bias_V is None else head.bias_V.detach()
+    low_rank = head.low_rank and (head.low_rank[0].detach(), head.low_rank[1].detach())
+    return head._replace(w_VD=head.w_VD.detach(), bias_V=bias_V, low_rank=low_rank)
 
 
 def _as_divergent(head: Head, h_TD: Tensor) -> DivergentHead:
