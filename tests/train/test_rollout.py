@@ -76,7 +76,7 @@ def config(**changes: Any) -> TrainConfig:
         "sequence_length": LENGTH,
         "rows_per_micro_batch": 4,
         "objective": [{"clipped_surrogate": {}}],
-        "optimizer": {"learning_rate": 0.02, "weight_decay": 0.0, "schedule": {"shape": "constant"}},
+        "optimizer": {"learning_rate": 0.05, "weight_decay": 0.0, "schedule": {"shape": "constant"}},
         "guard": {"spike_z": None},
         "checkpoint_every_steps": 2,
     }
@@ -120,7 +120,7 @@ def test_prompts_come_in_epochs_and_windows_do_not_repeat() -> None:
 
 
 def test_the_reward_rises(tmp_path: Path) -> None:
-    run(tmp_path, config(steps=15))
+    run(tmp_path, config(steps=20), advantage={"scale": "batch"})
     rewards = [row["rollout"]["reward"] for row in rows(tmp_path)]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
     last = rows(tmp_path)[-1]["rollout"]
@@ -161,7 +161,7 @@ def test_gae_brings_values_and_returns(tmp_path: Path) -> None:
     model = tiny()
     attach_scalar_head(model)
     values = partial(score_values, model, LENGTH, 8)
-    source = source_of(model, samples_per_prompt=1, advantage={"kind": "gae"}, values=values)
+    source = source_of(model, samples_per_prompt=9, advantage={"kind": "gae"}, values=values)
     objective = [{"clipped_surrogate": {}}, {"value_loss": {"weight": 0.5}}]
     train(model, source, config(steps=3, objective=objective), tmp_path)
     window = source.next(3)
