@@ -17,6 +17,7 @@ from gyrocompass.core.lineage import walk
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.data.document import read_documents
+from gyrocompass.model.future_heads import attach_future_heads
 from gyrocompass.recipe.plan import Done, execute
 from gyrocompass.recipe.recipe import load_recipe, recipe_from
 from gyrocompass.recipe.run import read_run, run_recipe
@@ -103,6 +104,25 @@ def test_lineage_goes_on_through_an_imported_model(store: Store) -> None:
     assert trained["trained"].artifact.id in walk(store, document.id).learned
     assert trained["trained"].artifact.id not in walk(store, held_out.id).learned
     assert trained["trained"].artifact.id in walk(store, held_out.id).saw
+
+
+def test_future_heads_are_trained_and_stay_with_the_model(store: Store) -> None:
+    stages = {
+        **imported(made(store, "pretrained")),
+        "tokenizer": {"kind": "tokenizer_of", "model": "model"},
+        "documents": {"kind": "documents", "sources": [{"files": {"path": str(Path(__file__))}}]},
+        "tokens": {"kind": "tokens", "documents": "documents", "tokenizer": "tokenizer"},
+        "trained": {
+            "kind": "train", "model": "model", "data": "tokens", **SHORT,
+            "future_heads": 2, "objective": ["nll", {"multi_token": {"weight": 0.3}}],
+        },
+    }  # fmt: skip
+    folder = run(stages, store)["trained"].artifact.path
+    heads = load_file(folder / "future_heads.safetensors")
+    assert set(heads) == {"0.weight", "0.bias", "1.weight", "1.bias"} and all(h.any() for h in heads.values())
+    assert not any("future" in name for name in load_file(folder / "model.safetensors"))
+    model = open_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    assert len(attach_future_heads(model, 2)) == 2
 
 
 def test_a_damaged_artifact_is_not_imported(store: Store, tmp_path: Path) -> None:

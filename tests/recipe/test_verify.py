@@ -255,6 +255,9 @@ class NormalisedByMicroBatch:
         reduced = normaliser.loss(terms, batch)
         return Reduced(reduced.loss / len(self.own), reduced.report)
 
+    def share(self, terms: Any, batch: Batch) -> torch.Tensor:
+        return self.loss(terms, batch).loss
+
 
 def test_partition_fails_for_a_mean_of_means(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "normalise", NormalisedByMicroBatch)
@@ -303,8 +306,8 @@ def test_resume_fails_where_the_run_ends_otherwise(subject: Subject) -> None:
 def test_accounting_fails_for_a_sampler_that_repeats_a_piece(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Sampler._piece
-    monkeypatch.setattr(Sampler, "_piece", lambda self, s, nth: right(self, s, max(0, nth - 1)))
+    right = Sampler._bundle
+    monkeypatch.setattr(Sampler, "_bundle", lambda self, s, nth: right(self, s, max(0, nth - 1)))
     finding = accounting(subject)
     assert finding.passed is False and "document" in finding.look_at, finding
 

@@ -168,7 +168,7 @@ def margin_ranking(
     Raises:
         BadInput: no relevance, or a unit of one sequence.
 
-    Source: Liu et al. 2022, arXiv:2203.16804 (BRIO), equation 8; Yuan et al. 2023, arXiv:2304.05302 (RRHF);
+    Source: Liu et al. 2022, arXiv:2203.16804 (BRIO); Yuan et al. 2023, arXiv:2304.05302 (RRHF);
     Zhao et al. 2023, arXiv:2305.10425 (SLiC-HF).
     """
     groups, score_S, relevance_S = _ranked(log_probs, batch, length_power)

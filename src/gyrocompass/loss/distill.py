@@ -3,8 +3,8 @@
 With p the student's distribution at a counted position, q the teacher's, and a divergence of
 `gyrocompass.loss.divergence`,
 
-    distillation        value_t = tau^2 * divergence(p^(1/tau), q^(1/tau))  a teacher asked live
-    distillation_top_k  value_t = divergence on k + 1 outcomes              its k likeliest, in the data
+    distillation        value_t = tau^2 * divergence(p^(1/tau), q^(1/tau))    a teacher asked live
+    distillation_top_k  value_t = divergence on k + 1 outcomes                its k likeliest tokens, as data
 
 On-policy distillation is the same objective on other data: `distillation: {kind: reverse_kl}` on rollouts,
 the student's own samples (a mixture of rollouts and of texts is GKD's lambda). Its gradient is that of the

@@ -104,7 +104,7 @@ def dft(log_probs: TokenLogProbs, batch: Batch) -> Terms:
     Returns:
         Terms [T] in nats. p_t is a factor of the value, never of the weight: the mean is over tokens.
 
-    Source: Wu et al. 2025, arXiv:2508.05629, equation 9.
+    Source: Wu et al. 2025, arXiv:2508.05629.
     """
     logprob_T = log_probs.logprob_T
     return Terms(-logprob_T.detach().exp() * logprob_T, batch.weight_T)

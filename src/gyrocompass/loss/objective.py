@@ -32,6 +32,7 @@ from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.loss import contrastive as contrastive  # these modules' objectives register themselves
 from gyrocompass.loss import distill as distill
 from gyrocompass.loss import likelihood as likelihood
+from gyrocompass.loss import multi_token as multi_token
 from gyrocompass.loss import policy as policy
 from gyrocompass.loss import policy_value as policy_value
 from gyrocompass.loss import preference as preference

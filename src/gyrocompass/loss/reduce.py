@@ -220,6 +220,7 @@ def _known_weights(composite: Composite, batch: Batch) -> dict[str, Tensor]:
         scalar_T=zero_T,
         divergence_TK=zero_T[:, None].expand(-1, len(composite.divergences)),
         hidden_TD=zero_T[:, None],
+        future_TK=zero_T[:, None],
     )
     with torch.no_grad():
         return {name: term.weight for name, term in composite(zeros, batch).items()}

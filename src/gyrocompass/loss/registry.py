@@ -60,7 +60,7 @@ def objective(
     """Register a function under its own name; it stays callable as it is.
 
     Args:
-        wants: the statistics it reads besides `logprob_T` and `lse_T`; "scalar" and "hidden" too.
+        wants: the statistics it reads besides `logprob_T` and `lse_T`; "scalar", "hidden" and "future" too.
         candidates: what names the candidate tokens it reads; takes the batch and the same parameters.
         divergence: which divergence from a teacher it reads; takes the same parameters.
         whole_window: its terms are not a function of one unit alone (negatives, sorting, ranking).

@@ -39,7 +39,7 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "truncated": "train on rollouts, which say of each answer whether it was cut off",
     "value": "train on rollouts with a value head, which bring what it said",
     "return": "train on rollouts with a value head, which bring what it is to learn",
-    "teacher_token/0": "score the data with the teacher first, and keep its likeliest tokens as columns",
+    "teacher_token/0": "score the data with the teacher first: gyrocompass.model.teacher.with_teacher",
     "relevance": "give each of a unit's records a label `relevance`, higher where it should rank higher",
     "role": "give each record a label `role`: 0 a query, 1 what answers it, 2 what does not",
     "retriever_logprob": "give each passage of a question a label `retriever_logprob`, its retriever's score",
@@ -79,6 +79,8 @@ class TokenLogProbs(NamedTuple):
     """The divergences from a teacher that were asked for, one column each; 0 where not counted."""
     hidden_TD: Tensor | None = None
     """The hidden states themselves, for objectives about whole texts."""
+    future_TK: Tensor | None = None
+    """log p of the tokens after the target, by the model's future heads; 0 where there is none to predict."""
 
 
 @dataclass(frozen=True)

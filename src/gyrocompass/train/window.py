@@ -166,23 +166,30 @@ class _Passing(NamedTuple):
         answer = _joined_answers(first, self.world)
         normaliser = normalise(self.objective, [joined], self.weights, reduction=self.config.reduction)
         terms = self.objective(answer, joined)
-        own = normaliser.shares(terms, joined) if self.norms is not None else {}
-        by_objective = {name: _slopes(share, answer) for name, share in own.items()}
+        shares = normaliser.shares(terms, joined) if self.norms is not None else {}
+        by_objective = {name: _slopes(share, answer) for name, share in shares.items()}
         reduced = normaliser.loss(terms, joined)
         slopes_of_loss = _slopes(reduced.loss, answer)
         report: dict[str, Tally] = reduced.report if self.world.is_first else {}
         for batch, seen, random_state in zip(batches, first, random_states, strict=True):
             positions = slice(place, place := place + len(batch.token_T))
-            surrogate = partial(_linear, _at(positions, slopes_of_loss))
+            own_slopes = {name: _at(positions, slopes) for name, slopes in by_objective.items()}
             _restore_random_state(random_state)
-            again = self._answer(batch, surrogate if self.norms is None else None)
-            if self.norms is not None:
-                shares = {name: _linear(_at(positions, s), again) for name, s in by_objective.items()}
-                self.norms.add(shares, _hidden(again))
-            surrogate(again).backward()
+            self._again(batch, _at(positions, slopes_of_loss), own_slopes)
             record.add(batch, seen, report)
             report = {}
         return float(reduced.loss.detach()) if self.world.is_first else 0.0
+
+    def _again(
+        self, batch: Batch, slopes: Mapping[str, Tensor], by_objective: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """The second pass of a micro-batch: the gradient of its answer goes through the model."""
+        surrogate = partial(_linear, slopes)
+        answer = self._answer(batch, surrogate if self.norms is None else None)
+        if self.norms is not None:
+            shares = {name: _linear(own, answer) for name, own in by_objective.items()}
+            self.norms.add(shares, _hidden(answer))
+        surrogate(answer).backward()
 
     def _answer(self, batch: Batch, expect: Expect | None) -> TokenLogProbs:
         measured = frozenset({"hidden"}) if self.norms is not None else frozenset[str]()
