@@ -323,6 +323,14 @@ def test_accounting_fails_for_a_manifest_that_counts_otherwise(
     assert finding.passed is False and f"{shown} (" in finding.look_at, finding
 
 
+def test_accounting_fails_for_a_document_that_is_there_twice(subject: Subject) -> None:
+    rows = list(subject.data.rows())
+    twice = dataclasses.replace(subject)
+    twice.__dict__["data"] = TokenDataset.of([*rows, rows[0]])
+    finding = accounting(twice)
+    assert finding.passed is False and f"document {rows[0].document_id} (2 times)" in finding.look_at, finding
+
+
 def scaled_head(model: torch.nn.Module) -> Head:
     return find_head(model)._replace(logit_scale=1.01)
 

@@ -21,8 +21,9 @@ from gyrocompass.core.artifact import Artifact, Draft
 from gyrocompass.core.errors import ConfigError, did_you_mean
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
+from gyrocompass.model.fit import check_context
 from gyrocompass.recipe.stage import Stage, Workplace
-from gyrocompass.recipe.stages.model import ImportedModelStage, NewModelStage, check_context
+from gyrocompass.recipe.stages.model import ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.score import ScoreStage
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.train.distributed import World

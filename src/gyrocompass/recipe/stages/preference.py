@@ -11,10 +11,11 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.data.corrupt import preferences
 from gyrocompass.data.document import read_documents
 from gyrocompass.data.tokens import TokenDataset, write_tokens
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.score import evaluating, scored_tokens
 from gyrocompass.recipe.stage import DocumentsName, ModelName, Stage, TokensName, Workplace
 from gyrocompass.recipe.stages.corpus import counting, write_stage_records
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.train.config import PRECISIONS
 
 REFERENCE = "reference_logprob"

@@ -11,10 +11,11 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.generate import generate
 from gyrocompass.model.score import score_dataset
 from gyrocompass.recipe.stage import ModelName, Stage, TokensNames, Workplace
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.train.config import PRECISIONS
 
 
@@ -81,5 +82,6 @@ class CompletionsStage(Stage):
             seed=self.seed,
         )
         rows = [completion._asdict() for completion in completions]
-        (draft.path / "completions.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+        text = json.dumps(rows, indent=2, allow_nan=False)
+        (draft.path / "completions.json").write_text(text, encoding="utf-8")
         draft.counts["completions"] = len(rows)

@@ -25,6 +25,7 @@ from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.fit import check_context, check_fit
 from gyrocompass.model.future_heads import attach_future_heads, save_future_heads, without_future_heads
 from gyrocompass.model.head import context_length, find_head
 from gyrocompass.model.load import save_model
@@ -40,7 +41,7 @@ from gyrocompass.recipe.stage import (
     Stage,
     Workplace,
 )
-from gyrocompass.recipe.stages.model import ADAPTER, check_context, check_fit, copy_model, open_model
+from gyrocompass.recipe.stages.model import ADAPTER, copy_model, open_model
 from gyrocompass.recipe.stages.rollouts import gaming_watch, read_prompts, rollout_source
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import World
