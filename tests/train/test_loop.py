@@ -392,6 +392,26 @@ def test_a_poisonous_document_is_named_and_its_window_passed_over(tmp_path: Path
     assert [row["step"] for row in rows] == list(range(1, 71))
 
 
+class KilledAfterRewind(Notes):
+    """Ends the process, as far as Python can, at the first step after a rewind."""
+
+    def advance(self, number: float = 0, **numbers: Any) -> None:
+        if self.said and number > 0:
+            raise SystemExit("killed")
+
+
+def test_a_kill_after_a_rewind_counts_the_incident_once(tmp_path: Path) -> None:
+    settings_ = config(**GUARDED | {"steps": 48}, guard={"policy": "rewind", "spike_z": 8.0})
+    data = poisoned(settings_, window=45)
+    with pytest.raises(SystemExit):
+        progress: Any = KilledAfterRewind()
+        train(tiny_model(settings_, dropout=False), data, settings_, tmp_path, progress=progress)
+    outcome = train(tiny_model(settings_, dropout=False), data, settings_, tmp_path)
+    incidents = read_metrics(tmp_path / "incidents.jsonl")
+    assert [(row["window"], row["action"]) for row in incidents] == [(45, "rewind")]
+    assert outcome.skipped_windows == (45,)
+
+
 def test_policy_stop_ends_the_run_and_names_the_document(tmp_path: Path) -> None:
     settings_ = config(**GUARDED, guard={"policy": "stop", "spike_z": 8.0})
     model = tiny_model(settings_, dropout=False)

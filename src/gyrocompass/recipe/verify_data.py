@@ -1,6 +1,6 @@
 """Checks of a stage's data: what it counts (law 2), and that nothing it is measured on is learned from.
 
-    accounting     the targets of one epoch of the sampler = those of the manifest, of each slice and document,
+    accounting     the targets of one epoch of the sampler = those of the manifest, by slice and by document,
                    and no document is there twice
     disjointness   no document, content or origin in both the training and the held-out data
 

@@ -51,6 +51,7 @@ from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 from gyrocompass.train.watch import GamingWatch, WatchConfig
 
 RUN_FILES = ("metrics.jsonl", "evaluations.jsonl", "incidents.jsonl", "watch.jsonl")
+TIMED_FILES = {"metrics.jsonl", "evaluations.jsonl"}
 EVALUATIONS = "evaluations"
 
 
@@ -248,6 +249,7 @@ class TrainStage(Stage, TrainConfig):
         for name in RUN_FILES:
             if (work / name).exists():
                 shutil.copy(work / name, draft.path / name)
+        draft.records |= TIMED_FILES
         if (work / EVALUATIONS).exists():
             shutil.copytree(work / EVALUATIONS, draft.path / EVALUATIONS)
         outcome.ledger.save(draft.path / "ledger.parquet")
