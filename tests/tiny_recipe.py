@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 RECIPE = """\
 name: tiny
+tracking: {{mlflow: null}}
 stages:
   documents: {{kind: documents, sources: [{{files: {{path: {data}}}}}]}}
   train_documents: {{kind: split, documents: documents, side: train, held_out_share: 0.25}}

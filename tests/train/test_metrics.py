@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from gyrocompass.core.errors import MissingDependency
+from gyrocompass.recipe.recipe import Tracking
 from gyrocompass.train.metrics import MetricLog, MlflowConfig, MlflowTracker, read_metrics
 
 pytestmark = [
@@ -103,6 +104,15 @@ def test_mlflow_keeps_each_metric_at_its_step(tmp_path: Path) -> None:
     history = client.get_metric_history(tracker.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert run.data.metrics["nll_nats/code/library"] == 2.5 and run.data.metrics["nll_nats/what_"] == 1.0
+
+
+def test_tracking_is_on_where_mlflow_is_installed_unless_it_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Tracking().mlflow == MlflowConfig()
+    assert Tracking.model_validate({"mlflow": None}).mlflow is None
+    monkeypatch.setattr("gyrocompass.train.metrics.find_spec", lambda name: None)
+    assert Tracking().mlflow is None
 
 
 def test_without_mlflow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

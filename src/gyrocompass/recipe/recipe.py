@@ -1,7 +1,6 @@
 """A recipe: a whole run as typed config, read from YAML.
 
     name: stdlib
-    tracking: {mlflow: {}}
     stages:
       documents: {kind: documents, sources: [...]}
       pretrained: {kind: train, model: untrained, data: train_tokens, steps: 300, ...}
@@ -28,7 +27,7 @@ from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStag
 from gyrocompass.recipe.stages.score import CompletionsStage, ScoreStage
 from gyrocompass.recipe.stages.tokens import ImportedTokenizerStage, TokenizerStage, TokensStage
 from gyrocompass.recipe.stages.train import TrainStage
-from gyrocompass.train.metrics import MlflowConfig
+from gyrocompass.train.metrics import MlflowConfig, mlflow_if_installed
 
 AnyStage = Annotated[
     DocumentsStage
@@ -52,7 +51,8 @@ AnyStage = Annotated[
 class Tracking(Config):
     """Where metrics go besides the JSONL file that every run writes."""
 
-    mlflow: MlflowConfig | None = None
+    mlflow: MlflowConfig | None = Field(default_factory=mlflow_if_installed)
+    """By default on where MLflow is installed, in its own SQLite store; `null`: off."""
 
 
 class Recipe(Config):
@@ -60,7 +60,7 @@ class Recipe(Config):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     description: str = ""
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(default_factory=Tracking)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Named sets of overrides, path -> value: `small: {stages.pretrained.steps: 10}`."""
     stages: dict[str, AnyStage] = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL file, always, and MLflow when it is configured.
+"""Where the numbers of a run go: a JSONL file, always, and MLflow unless it is switched off.
 
 Both hold each step once, also after a kill or a rewind: the file is cut back to the step that training goes
 on from, and MLflow is told of steps only once the checkpoint behind them has landed.
@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,11 @@ class MlflowConfig(Config):
 
     uri: str | None = None
     experiment: str = "gyrocompass"
+
+
+def mlflow_if_installed() -> MlflowConfig | None:
+    """The default: tracking where it can be had, and no complaint where it cannot."""
+    return MlflowConfig() if find_spec("mlflow") else None
 
 
 class Tracker(Protocol):
