@@ -5,8 +5,8 @@
     two models         --paired_difference> the difference on the same groups
 
 The margin of a pair is what speaks for the chosen answer: the difference of log-probabilities, of their
-ratios to a reference (the reward that DPO is implicitly about), or of a reward model's numbers. It is right if
-it is above 0; a tie is half right.
+ratios to a reference (the reward that DPO is implicitly about), or of a reward model's numbers. It is right
+if it is above 0; a tie is half right.
 
 Expected calibration error of a reward model: with p = sigmoid(margin / temperature), confidence
 max(p, 1 - p), and B = 10 bins of equal width on [1/2, 1],
@@ -33,6 +33,8 @@ from numpy.typing import ArrayLike, NDArray
 from gyrocompass.measure.intervals import Estimate, ratio_estimate
 
 FloatArray = NDArray[np.float64]
+ALIGNMENT = "alignment.json"
+"""Where a stage keeps its figures."""
 BINS = 10
 
 

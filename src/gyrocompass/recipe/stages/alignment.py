@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.core.errors import ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.measure.alignment import Figure, calibration, right_share
+from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.scalar_head import has_scalar_head
@@ -32,7 +31,6 @@ from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, sc
 from gyrocompass.train.config import PRECISIONS
 from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, sample_row
 
-ALIGNMENT = "alignment.json"
 SHOWN_SAMPLES = 3
 
 
@@ -80,7 +78,9 @@ class AlignmentStage(Stage):
             self._judge_pairs(workplace, model, reference, found)
         if self.prompts is not None:
             self._judge_samples(workplace, model, reference, found)
-        draft.counts |= {figure.name: figure.count for figure in found["figures"] if figure.slice == "total"}
+        sizes = {figure.name: figure.size for figure in found["figures"] if figure.slice == "total"}
+        pairs, samples = sizes.get("preferred by log-probability"), sizes.get("sample: tokens")
+        draft.counts |= {"pairs": pairs or 0, "samples": samples or 0}
         found["figures"] = [figure._asdict() for figure in found["figures"]]
         (draft.path / ALIGNMENT).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
@@ -139,10 +139,11 @@ class AlignmentStage(Stage):
                 sample_row(f"{prompt.id}@{number}", prompt, one.token_ids)
                 for number, (prompt, one) in enumerate(zip(asked, sampled, strict=True))
             )
-            score = partial(
-                score_logprobs, length=self.sequence_length, rows=self.rows_per_batch, dataset=data
+            own_N, its_N = (
+                score_logprobs(one, self.sequence_length, self.rows_per_batch, data)
+                for one in (model, reference)
             )
-            distance_D = _sums(data, score(model) - score(reference))
+            distance_D = _sums(data, own_N - its_N)
             values["sample: KL from reference, nats"] = distance_D.tolist()
         slices, groups = [prompt.slice for prompt in asked], [prompt.id for prompt in asked]
         for name, per_sample in values.items():
