@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from direct_signal import ANSWERERS, Case, dtype_of, skip_if_refused, tile_sizes
@@ -187,6 +189,30 @@ def test_a_nan_reaches_the_loss_and_no_other_token(backend: str) -> None:
     h_TD[1, 0] = torch.nan
     answer = token_logprobs(h_TD, normal(5, 2), torch.tensor([0, 1, 2]), backend=backend)
     assert answer.logprob_T.isnan().tolist() == [False, True, False]
+
+
+SUPPORTS = [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+@pytest.mark.parametrize("where", ["hidden state", "head", "bias"])
+def test_a_nan_is_in_every_number_that_it_has_part_in(
+    backend: str, where: str, support: dict[str, Any], softcap: float | None
+) -> None:
+    """Of 40 tokens, so that it is neither first nor last of anything; nothing may pick another maximum."""
+    h_TD, w_VD, bias_V = normal(3, 2), normal(40, 2), normal(40)
+    bias_V[7] = -torch.inf
+    {"hidden state": h_TD[1], "head": w_VD[20], "bias": bias_V[20:21]}[where][0] = torch.nan
+    answer = token_logprobs(
+        h_TD, w_VD, torch.tensor([0, 1, 39]), bias_V=bias_V, softcap=softcap, backend=backend,
+        candidate_TC=torch.tensor([[2, 7]] * 3), n_top=2, **support,
+    )  # fmt: skip
+    wanted = [where != "hidden state" or token == 1 for token in range(3)]
+    for name, field in answer._asdict().items():
+        if field is not None and field.is_floating_point():
+            assert field.isnan().view(3, -1).all(1).tolist() == wanted, name
+            assert field.isnan().view(3, -1).any(1).tolist() == wanted, name
 
 
 def test_autocast_changes_nothing(backend: str) -> None:

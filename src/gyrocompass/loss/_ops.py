@@ -33,7 +33,8 @@ from gyrocompass.loss._sharded import Sharded
 from gyrocompass.loss._support import support_floor
 from gyrocompass.loss.signal import TokenLogProbs
 
-_N_FIELDS = len(TokenLogProbs._fields)
+_N_FIELDS = TokenLogProbs._fields.index("scalar_T")
+"""What the head alone answers; the fields from there on are the model's."""
 _N_GIVEN = 7
 """Tensors that the pass back is given: those of `Inputs`, but seeds."""
 
@@ -206,7 +207,10 @@ def _forward(
         call = Call(inputs, settings)
         answer, scale = call.run()
         floor_N = call.question.logits.floor_N
-        return [call.spread(found) for found in (*answer, scale.top_N, scale.exp_N, scale.count_N, floor_N)]
+        return [
+            call.spread(found)
+            for found in (*answer[:_N_FIELDS], scale.top_N, scale.exp_N, scale.count_N, floor_N)
+        ]
 
 
 @_forward.register_fake
@@ -421,7 +425,7 @@ def _second(
             *(h_TD.new_empty(0) if part is None else part.contiguous() for part in parts),
             *(
                 torch.zeros_like(given) if tangent is None or not given.numel() else call.spread(tangent)
-                for given, tangent in zip(gradients, tangents, strict=True)
+                for given, tangent in zip(gradients, tangents[:_N_FIELDS], strict=True)
             ),
         ]
 
