@@ -5,6 +5,7 @@ Shape legend: T tokens, D hidden width, V vocabulary, C candidates per token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.likelihood import (
     confidence_penalty,
+    dft,
+    excess_nll,
     focal,
     label_smoothing,
     log1mexp,
@@ -97,6 +100,11 @@ def focused(gamma: float) -> Formula:
     return formula
 
 
+def scaled_by_probability(logits_TV: Tensor, batch: Batch) -> Tensor:
+    nll_T = cross_entropy(logits_TV, batch)
+    return (-nll_T).exp().detach() * nll_T
+
+
 def candidates_by_hand(batch: Batch, position: int, window: int, tokens: tuple[int, ...]) -> set[int]:
     """The set of the definition, by a plain loop."""
     found = set(tokens)
@@ -125,6 +133,7 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], Formula]] = {
     "confidence_penalty": ({"confidence_penalty": {"coefficient": 0.3}}, negative_entropy),
     "focal": ({"focal": {"gamma": 2.0}}, focused(2.0)),
     "focal_root": ({"focal": {"gamma": 0.5}}, focused(0.5)),
+    "dft": ({"dft": {}}, scaled_by_probability),
     "focal_zero": ({"focal": {"gamma": 0.0}}, cross_entropy),
     "unlikelihood_repeated": ({"unlikelihood": {"window": 3}}, unlikely(3, ())),
     "unlikelihood_listed": ({"unlikelihood": {"window": 0, "tokens": [1, 4]}}, unlikely(0, (1, 4))),
@@ -140,8 +149,73 @@ def test_objective_is_its_formula(name: str, backend: str, seed: int) -> None:
     assert_is(*CASES[name], backend, seed)
 
 
-def test_every_objective_has_a_case() -> None:
-    assert {name for entry, _ in CASES.values() for name in entry} == set(OBJECTIVES)
+def test_every_objective_per_token_has_a_case() -> None:
+    own = {name for name, one in OBJECTIVES.items() if one.function.__module__ == nll.__module__}
+    tested_below = {"sequence_nll", "excess_nll"}
+    assert {name for entry, _ in CASES.values() for name in entry} == own - tested_below
+
+
+def test_excess_nll_is_nll_less_that_of_the_reference() -> None:
+    batch = make_batch(N_TOKENS, VOCABULARY, 3)
+    batch = dataclasses.replace(batch, columns={"reference_logprob": torch.linspace(-3, 0, N_TOKENS)})
+    log_probs = token_logprobs(*head(3), batch.target_T, want=())
+    found, plain = excess_nll(log_probs, batch), nll(log_probs, batch)
+    counted_T = batch.weight_T > 0
+    expected_T = plain.value + torch.linspace(-3, 0, N_TOKENS).masked_fill(~counted_T, 0.0)
+    torch.testing.assert_close(found.value, expected_T)
+    assert torch.equal(found.weight, plain.weight)
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+@settings(deadline=None, max_examples=12)
+@given(seed=st.integers(0, 2**20), cut=st.integers(0, 6))
+def test_sequence_nll_is_its_formula_however_it_is_split(
+    length_normalised: bool, seed: int, cut: int
+) -> None:
+    batch = make_batch(N_TOKENS, VOCABULARY, seed)
+    composite = parse_objectives([{"sequence_nll": {"length_normalised": length_normalised}}])
+    h_TD, w_VD = head(seed)
+    nll_T = cross_entropy(h_TD @ w_VD.T, batch)
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for segment in batch.segment_T.unique():
+        own_T = (batch.segment_T == segment) & (batch.weight_T > 0)
+        if own_T.any():
+            w_N, largest = batch.weight_T[own_T].double(), float(batch.weight_T[own_T].max())
+            total = total + (w_N * nll_T[own_T]).sum() * (largest / w_N.sum() if length_normalised else 1.0)
+            weights += largest
+    begin = int((batch.segment_T >= cut).nonzero()[0]) if (batch.segment_T >= cut).any() else N_TOKENS
+    parts = [rows_of(batch, slice(0, begin)), rows_of(batch, slice(begin, N_TOKENS))]
+    normaliser = normalise(composite, parts)
+    loss = torch.zeros((), dtype=torch.float64)
+    for part, own in zip(parts, (slice(0, begin), slice(begin, N_TOKENS)), strict=True):
+        log_probs = token_logprobs(h_TD[own], w_VD, part.target_T, want=())
+        loss = loss + normaliser.loss(composite(log_probs, part), part).loss
+    if not weights:
+        assert loss.item() == 0
+        return
+    torch.testing.assert_close(loss, total / weights, rtol=1e-6, atol=0)
+    gradients = (torch.autograd.grad(value, (h_TD, w_VD)) for value in (loss, total / weights))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def rows_of(batch: Batch, own: slice) -> Batch:
+    fields = {field.name for field in dataclasses.fields(batch)} - {"length", "columns"}
+    changed = {name: getattr(batch, name)[own] for name in fields}
+    return dataclasses.replace(batch, length=max(own.stop - own.start, 1), **changed)
+
+
+def test_the_gradient_of_dft_is_that_of_the_probability() -> None:
+    """Each weighted token's probability, not its logarithm, is what rises."""
+    batch = make_batch(N_TOKENS, VOCABULARY, seed=9)
+    h_TD, w_VD = head(9)
+    value_T, weight_T = dft(token_logprobs(h_TD, w_VD, batch.target_T, want=()), batch)
+    p_T = (h_TD @ w_VD.T).softmax(1).gather(1, batch.target_T.clamp(min=0)[:, None])[:, 0]
+    gradients = (
+        torch.autograd.grad((x * weight_T).sum(), (h_TD, w_VD), retain_graph=True) for x in (value_T, -p_T)
+    )
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0])

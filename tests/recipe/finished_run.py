@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,12 @@ class FinishedRun:
         steps: int = 250,
         start: float = 9.0,
         incidents: Sequence[Mapping[str, Any]] = (),
+        moving: Mapping[str, Callable[[int], Any]] = {},
     ) -> None:
-        metrics = [self._step(step, steps, slices, start) for step in range(1, steps + 1)]
+        metrics = [
+            self._step(step, steps, slices, start) | {key: of_step(step) for key, of_step in moving.items()}
+            for step in range(1, steps + 1)
+        ]
         evaluations = [
             {
                 "step": step,

@@ -230,6 +230,28 @@ def test_best_step_is_told_only_where_early_stopping_kept_its_parameters(demo: F
     assert watched._replace(settings=stopping).best_step == 20
 
 
+def test_weights_that_changed_are_drawn_and_told(tmp_path: Path) -> None:
+    run = FinishedRun(tmp_path)
+    run.add_data()
+    run.add_model()
+    moving = {
+        "objective_weights": lambda step: {"nll": 1.0, "z_loss": 0.5 * step},
+        "slice_weights": lambda step: {"$a_b$": 2.0 - step / 30, HOSTILE: 1.0},
+    }
+    run.add_training("pretrained", "untrained", steps=30, moving=moving)
+    training = trainings(run.record(), run.store)[0]
+    paths = training.moving_weights()
+    assert [(path.of, path.name) for path in paths] == [("objective", "z_loss"), ("tokens of", "$a_b$")]
+    np.testing.assert_allclose(paths[0].weight_K, 0.5 * np.arange(1, 31))
+    html = html_of(run, tmp_path)
+    page = Page(html)
+    assert page.row("objective z_loss")[1:] == ["0.5000", "15.00", "0.5000", "15.00", "7.750"]
+    assert page.row("tokens of $a_b$")[1:3] == ["1.967", "1.000"]
+    assert html.count(">weight of tokens of $a_b$</text>") == 2
+    fixed = training._replace(steps=[{**row, **{key: {} for key in moving}} for row in training.steps])
+    assert fixed.moving_weights() == []
+
+
 def test_objective_terms_and_what_was_drawn(demo: FinishedRun) -> None:
     training = trainings(demo.record(), demo.store)[0]
     nll, z_loss = training.objective_terms()

@@ -43,8 +43,8 @@ ARCHITECTURE = {
 
 
 def tiny_data(documents: int = 40, seed: int = 0) -> TokenDataset:
-    """Documents of unequal length, masks and weights, in two slices and two sources."""
-    rng = np.random.default_rng(seed)
+    """Documents of unequal length, masks, weights and a reference, in two slices and two sources."""
+    rng, other = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     rows = []
     for number in range(documents):
         n_tokens = int(rng.integers(3, 60))
@@ -52,7 +52,9 @@ def tiny_data(documents: int = 40, seed: int = 0) -> TokenDataset:
         weights[-1] = 1.0
         ids = (np.arange(n_tokens) * (1 + number % 3) + number) % VOCABULARY
         names = (f"document-{number}", f"slice-{number % 2}", f"source-{number % 3 // 2}")
-        rows.append(TokenRow(*names, ids.tolist(), rng.integers(0, 5, n_tokens).tolist(), weights.tolist()))
+        byte_counts = rng.integers(0, 5, n_tokens).tolist()
+        columns = {"reference_logprob": -3.0 - (number % 2) * other.random(n_tokens)}
+        rows.append(TokenRow(*names, ids.tolist(), byte_counts, weights.tolist(), columns=columns))
     return TokenDataset.of(rows)
 
 

@@ -10,7 +10,10 @@ slices reach the end of their permutations together and an epoch holds each piec
 weights an epoch is as many tokens, of whatever slices.
 
 Bundles are drawn in blocks, packed block by block, and the rows of a block are shuffled: packing sorts by
-length, and a step should not hold long documents alone.
+length, and a step should not hold long documents alone. Under a curriculum by difficulty a block is a window.
+
+Where slice weights move (`curriculum.py`), the next bundle comes from the slice that is furthest behind what
+it should have had of the tokens drawn so far.
 
 All of it is a function of dataset, config and the number of rows given: the state is a few integers, the
 windows are the same whatever rank or micro-batch reads them, and a restored sampler goes on with the same
@@ -30,6 +33,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from gyrocompass.core.config import Config, canonical_json
 from gyrocompass.core.errors import BadInput, did_you_mean
+from gyrocompass.data.curriculum import CurriculumConfig, difficulty, rising, wanted_tokens
 from gyrocompass.data.pack import Int64Array, Packed, assemble, bundle, cut, pack
 from gyrocompass.data.tokens import TokenDataset
 
@@ -45,6 +49,7 @@ class SamplerConfig(Config):
         rows_per_step: rows in a window.
         slice_weights: the share of input tokens that each slice gets, up to a common factor; 0 leaves a slice
             out. Every slice of the data is named. None: each slice by its size.
+        curriculum: an order other than chance, or weights that move.
         epochs: how often the data is read; None: without end.
         seed: of the permutations.
     """
@@ -52,6 +57,7 @@ class SamplerConfig(Config):
     length: PositiveInt
     rows_per_step: PositiveInt
     slice_weights: dict[str, NonNegativeFloat] | None = None
+    curriculum: CurriculumConfig | None = None
     epochs: PositiveInt | None = 1
     seed: int = Field(default=0, ge=0)
 
@@ -91,9 +97,22 @@ class Sampler:
         self._bundles_by_slice = [np.flatnonzero(slice_B == index) for index in range(n_slices)]
         self._tokens_S = np.bincount(slice_B, self._length_B, n_slices).astype(np.int64)
         self._weight_S = _slice_weights(config.slice_weights, dataset.slice_names, self._tokens_S)
-        self.tokens_per_epoch = int(self._tokens_S[self._weight_S > 0].sum())
+        self._set_curriculum()
+        self.tokens_per_epoch = int(self._tokens_S[self._weight_S + self._end_S > 0].sum())
         self._orders: dict[int, tuple[int, Int64Array]] = {}
         self._begin(_Drawn(0, (0,) * n_slices, (0,) * n_slices), 0)
+
+    def _set_curriculum(self) -> None:
+        """What the curriculum says of this dataset: difficulties, block size, and the weights at its end."""
+        curriculum, rows = self.config.curriculum, self.config.rows_per_step
+        self._hard_B = None
+        if curriculum is not None and curriculum.by is not None:
+            self._hard_B = difficulty(curriculum.by, self.dataset, self.pieces, self.bundles)
+        self._block_tokens = (max(BLOCK_ROWS, rows) if self._hard_B is None else rows) * self.config.length
+        self._ramp_tokens, self._end_S = 0, self._weight_S
+        if curriculum is not None and curriculum.slices is not None:
+            self._ramp_tokens = curriculum.slices.steps * rows * self.config.length
+            self._end_S = _slice_weights(curriculum.slices.to, self.dataset.slice_names, self._tokens_S)
 
     def __iter__(self) -> Iterator[Packed]:
         return self
@@ -171,31 +190,52 @@ class Sampler:
     def _draw(self, drawn: _Drawn) -> tuple[Int64Array, _Drawn]:
         """The bundles of the block that begins at `drawn`, and where the next one begins."""
         bundles, tokens = list(drawn.bundles_S), list(drawn.tokens_S)
-        weights: list[float] = self._weight_S.tolist()
-        queue = [(tokens[s] / weights[s], s) for s in range(len(weights)) if weights[s] > 0]
-        heapq.heapify(queue)
-        left = max(BLOCK_ROWS, self.config.rows_per_step) * self.config.length
+        next_slice = self._fixed_shares(tokens) if not self._ramp_tokens else self._moving_shares(tokens)
+        left = self._block_tokens
         if self.config.epochs is not None:
             left = min(left, self.config.epochs * self.tokens_per_epoch - sum(tokens))
         block: list[int] = []
         while left > 0:
-            s = queue[0][1]
+            s = next(next_slice)
             number = self._bundle(s, bundles[s])
             size = int(self._length_B[number])
             block.append(number)
             bundles[s] += 1
             tokens[s] += size
             left -= size
-            heapq.heapreplace(queue, (tokens[s] / weights[s], s))
         return np.array(block, np.int64), _Drawn(drawn.block + 1, tuple(bundles), tuple(tokens))
+
+    def _fixed_shares(self, tokens: list[int]) -> Iterator[int]:
+        """The slice that has had the least for its weight, again and again; `tokens` changes meanwhile."""
+        weights: list[float] = self._weight_S.tolist()
+        queue = [(tokens[s] / weights[s], s) for s in range(len(weights)) if weights[s] > 0]
+        heapq.heapify(queue)
+        while True:
+            s = queue[0][1]
+            yield s
+            heapq.heapreplace(queue, (tokens[s] / weights[s], s))
+
+    def _moving_shares(self, tokens: list[int]) -> Iterator[int]:
+        """The slice that is furthest behind what it should have of one token more."""
+        start_S, end_S = (weight_S / weight_S.sum() for weight_S in (self._weight_S, self._end_S))
+        while True:
+            wanted_S = wanted_tokens(start_S, end_S, self._ramp_tokens, sum(tokens) + 1)
+            yield int(np.argmax(wanted_S - tokens))
 
     def _bundle(self, s: int, nth: int) -> int:
         """The nth bundle of a slice's endless order."""
         own = self._bundles_by_slice[s]
         epoch, place = divmod(nth, len(own))
         if self._orders.get(s, (-1,))[0] != epoch:
-            permutation = np.random.default_rng([self.config.seed, s, epoch, 2]).permutation(own)
-            self._orders[s] = (epoch, permutation)
+            random, curriculum = (
+                np.random.default_rng([self.config.seed, s, epoch, 2]),
+                self.config.curriculum,
+            )
+            if curriculum is not None and self._hard_B is not None and epoch < curriculum.epochs:
+                order = rising(own, self._hard_B, curriculum.parts, random)
+            else:
+                order = random.permutation(own)
+            self._orders[s] = (epoch, order)
         return int(self._orders[s][1][place])
 
     def _is_over(self, drawn: _Drawn) -> bool:

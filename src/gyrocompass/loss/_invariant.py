@@ -3,16 +3,19 @@
 Rows are computed in blocks of a fixed number, the last one filled up with zeros, and tiles of a fixed size,
 so that every product has the same shape in every call and a row's sums are always taken in the same order.
 Log-probabilities, statistics, draws, supports and dh are then the same bits however rows are batched, padded,
-ordered or packed, with one backend, dtype and number of threads. dw is a sum over rows: its terms are the
-same bits, the order of adding them up is the order of the rows.
+ordered or packed, with one backend, dtype and number of threads. dw, dbias and db are sums over rows, all at
+once: they have the bits of their set of rows.
 
-This asks of a product that a row's bits do not depend on where in the block it stands, and of an operation on
-single numbers that they do not depend on their neighbours. Nothing promises that; the tests hold the CPU's
-kernels to it.
+This asks of a product that a row's bits do not depend on where in the block it stands. No BLAS promises that:
+the chunked backend's float32 and float64 products are tried out before their first use, and mended where they
+fail (`_alike.py`). It also asks of an operation on single numbers, and of a sum along a row, that they do not
+depend on their neighbours; to that the tests hold the CPU's kernels.
 
 It costs one more pass over the logits in the gradient (dh by block, dw over all rows), and blocks too small
 for the best speed of products: forward and backward of the chunked backend took 1.5 to 1.8 times (float32)
-and 2.3 times (bf16) as long, with 2048 rows, a width of 576 and 16384 tokens on one CPU core.
+and 2.3 times (bf16) as long, with 2048 rows, a width of 576 and 16384 tokens on one CPU core. The trials of
+a process's first call took 0.1 to 0.7 s (width 256, 8192 tokens); after it they cost nothing. Where rows had
+to be copied, float64 with an odd width on an AMD processor, it took up to 1.1 times as long.
 
 Shape legend: N counted tokens, V vocabulary, P picks; a block is R rows.
 """
@@ -31,14 +34,18 @@ from gyrocompass.loss._tiles import TileSize
 
 BLOCK_ROWS = 128
 """More are faster for many rows (256: by about 10%), and slower for a few, which are filled up to so many."""
-TILE = TileSize(BLOCK_ROWS, 1 << 22)
+TILE = TileSize(BLOCK_ROWS, 1 << 22, alike=True)
+TILE_OVER_ALL = TILE._replace(alike=False)
+"""Of sums over all rows, whose numbers differ from call to call: each would be a trial of its own."""
 
 
 class Invariant:
     """A backend, called with blocks of one size."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend = ChunkedBackend(TILE) if isinstance(backend, ChunkedBackend) else backend
+        is_chunked = isinstance(backend, ChunkedBackend)
+        self.backend = ChunkedBackend(TILE) if is_chunked else backend
+        self.over_all = ChunkedBackend(TILE_OVER_ALL) if is_chunked else backend
         self.name = backend.name
 
     def refusal(self, logits: Logits) -> str | None:
@@ -57,7 +64,7 @@ class Invariant:
 
     def gradients(self, logits: Logits, picks: Picks, slopes: Slopes, needs: Needs) -> Gradients:
         """dh and da by block; the gradients of what all rows share over all rows at once."""
-        shared = self.backend.gradients(logits, picks, slopes, needs._replace(h=False))
+        shared = self.over_all.gradients(logits, picks, slopes, needs._replace(h=False))
         if not needs.h and not needs.low_rank:
             return shared
         by_row = Needs(h=needs.h, w=False, bias=False, low_rank=needs.low_rank)

@@ -21,11 +21,13 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gyrocompass.loss._alike import addmm_alike
 from gyrocompass.loss._question import Logits
 
 
@@ -45,15 +47,18 @@ class Products(Protocol):
         """dw += dz^T @ h[rows], of the wanted columns of w."""
 
 
-def products_for(logits: Logits, shape: tuple[int, int]) -> Products:
-    """The fastest products for the dtypes and the device, with tiles of at most a shape (R, K)."""
+def products_for(logits: Logits, shape: tuple[int, int], *, alike: bool = False) -> Products:
+    """The fastest products for the dtypes and the device, with tiles of at most a shape (R, K).
+
+    Alike: float32 and float64 logits and dh have the bits of their row, whatever its place in the tile.
+    """
     factors = [
         factor for factor in (logits.h_ND, logits.w_VD, logits.a_NR, logits.b_VR) if factor is not None
     ]
     narrow = all(factor.dtype == torch.bfloat16 for factor in factors) and logits.dtype == torch.float32
     if narrow and logits.h_ND.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return AmxProducts(logits, shape)
-    return WideProducts(logits)
+    return WideProducts(logits, addmm_alike if alike else Tensor.addmm_)
 
 
 def _with_extra(factor: Tensor, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -79,14 +84,15 @@ class _Factors:
 class WideProducts(_Factors):
     """Products in float32 or float64."""
 
-    def __init__(self, logits: Logits) -> None:
+    def __init__(self, logits: Logits, addmm: Callable[..., object]) -> None:
         super().__init__(logits, logits.dtype)
+        self._addmm = addmm
 
     def logits(self, rows: slice, z_RK: Tensor) -> None:
-        torch.mm(self.h_ND[rows], self.w_KD.T, out=z_RK)
+        self._addmm(z_RK, self.h_ND[rows], self.w_KD.T, beta=0.0)
 
     def add_dh(self, dz_RK: Tensor, wanted: slice, dh_RW: Tensor) -> None:
-        dh_RW.addmm_(dz_RK, self.w_KD[:, wanted])
+        self._addmm(dh_RW, dz_RK, self.w_KD[:, wanted])
 
     def add_dw(self, dz_RK: Tensor, rows: slice, wanted: slice, dw_KW: Tensor) -> None:
         dw_KW.addmm_(dz_RK.T, self.h_ND[rows, wanted])

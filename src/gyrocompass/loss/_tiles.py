@@ -35,6 +35,8 @@ class TileSize(NamedTuple):
 
     tokens: int
     elements: int
+    alike: bool = False
+    """Whether a row's products must not depend on its place in the tile."""
 
 
 class Tile(NamedTuple):
@@ -76,13 +78,13 @@ class Tiles:
         self, logits: Logits, picks: Picks, *, keep: bool = False, size: TileSize | None = None
     ) -> None:
         n_rows, (vocabulary, width) = len(logits.h_ND), logits.w_VD.shape
-        most_tokens, most_elements = size or (TILE_TOKENS, TILE_ELEMENTS)
+        most_tokens, most_elements, alike = size or TileSize(TILE_TOKENS, TILE_ELEMENTS)
         self.logits, self.dtype, self.keep, self.n_picks = logits, logits.dtype, keep, len(picks.row_P)
         self.n_rows_tile = max(1, math.ceil(n_rows / max(1, math.ceil(n_rows / most_tokens))))
         self.n_columns_tile = min(vocabulary, max(1, most_elements // max(self.n_rows_tile, width)))
         self.rows = _cut(n_rows, self.n_rows_tile)
         self.columns = _cut(vocabulary, self.n_columns_tile)
-        self.products = products_for(logits, (self.n_rows_tile, self.n_columns_tile))
+        self.products = products_for(logits, (self.n_rows_tile, self.n_columns_tile), alike=alike)
         self._buffer = self._room(n_rows * vocabulary if keep else self.n_rows_tile * self.n_columns_tile)
         self._filled = 0
         self._outside_V = self._bias_V = None

@@ -256,8 +256,21 @@ def _from_top_k(student: Head, teacher: TopK, measure: Measure, dtype: torch.dty
         candidate_TC=teacher.token_TK,
     )
     assert answer.candidate_TC is not None
-    log_p_NO, log_q_NO = (_with_tail(part.to(dtype)) for part in (answer.candidate_TC, teacher.logprob_TK))
-    found_N: Tensor = _Outcomes.apply(measure, log_p_NO, log_q_NO)  # type: ignore[no-untyped-call]
+    return divergence_on_top(answer.candidate_TC.to(dtype), teacher.logprob_TK.to(dtype), measure)
+
+
+def divergence_on_top(log_p_NK: Tensor, log_q_NK: Tensor, measure: Measure) -> Tensor:
+    """The divergence on K + 1 outcomes: K tokens, and all others together.
+
+    Args:
+        log_p_NK: the student's log-probabilities of these tokens, which get the gradient.
+        log_q_NK: the teacher's, constants, of the same dtype.
+        measure: which divergence.
+
+    Returns:
+        [N] in nats.
+    """
+    found_N: Tensor = _Outcomes.apply(measure, _with_tail(log_p_NK), _with_tail(log_q_NK))  # type: ignore[no-untyped-call]
     return found_N
 
 

@@ -4,9 +4,17 @@ Each returns one term per token, unreduced, with the batch's own weights; none t
 ever the negative log-likelihood: z-loss, smoothing and penalties are objectives of their own, so a reported
 `nll` means the same in every run.
 
-Left out: sequence weighting (that is the reduction's choice, `reduce.py`) and preferences between answers.
+How examples weigh. A document's weight multiplies its tokens' weights. `nll` with the reduction
 
-Shape legend: T tokens, C candidate tokens per position, W tokens looked back at.
+    by token      sum_d w_d sum_t nll_dt / sum_d w_d n_d     every token of an example weighs what it weighs
+    by sequence   1/D sum_d 1/n_d sum_t nll_dt               documents weigh the same, whatever their weight
+
+and `sequence_nll` gives the two means over examples that these are not: of whole sequences' log-likelihoods,
+and of their mean token's, both with the weights of the examples.
+
+Left out: preferences between answers.
+
+Shape legend: T tokens, S sequences, C candidate tokens per position, W tokens looked back at.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from torch import Tensor
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.registry import objective
+from gyrocompass.loss.sequences import Sequences
 from gyrocompass.loss.signal import IGNORE_INDEX, Batch, Terms, TokenLogProbs
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -36,6 +45,69 @@ def nll(log_probs: TokenLogProbs, batch: Batch) -> Terms:
         Terms [T] in nats; its mean by token is the cross entropy.
     """
     return Terms(-log_probs.logprob_T, batch.weight_T)
+
+
+@objective(separable=True)
+def excess_nll(log_probs: TokenLogProbs, batch: Batch) -> Terms:
+    """Negative log-likelihood above that of a reference on the same tokens.
+
+        value_t = log p_ref(y_t) - log p(y_t)
+
+    Its gradient is that of `nll`; its mean says how far a model has moved from the reference, and can be kept
+    under a bound (`blend: {lagrangian: ...}`).
+
+    Args:
+        log_probs: any.
+        batch: with the column `reference_logprob`.
+
+    Returns:
+        Terms [T] in nats, of either sign.
+    """
+    reference_T = batch.column("reference_logprob", batch.weight_T > 0)
+    return Terms(reference_T.to(log_probs.logprob_T.dtype) - log_probs.logprob_T, batch.weight_T)
+
+
+@objective()
+def sequence_nll(log_probs: TokenLogProbs, batch: Batch, *, length_normalised: bool = False) -> Terms:
+    """Negative log-likelihood of whole sequences, each an example with a weight.
+
+        value_s = -sum_t w_t/w_s log p(y_t)        w_s = max_t w_t
+        length-normalised: value_s = -sum_t w_t log p(y_t) / sum_t w_t
+
+    The mean by token is then sum_s w_s value_s / sum_s w_s: over examples, not over tokens. Where all tokens
+    of an example have its weight, value_s is -log p(y | x), or its mean over the tokens.
+
+    Args:
+        log_probs: any.
+        batch: a sequence is a segment, so a long document that was cut is several; name units to keep
+            documents whole.
+        length_normalised: take the mean over a sequence's tokens instead of their sum.
+
+    Returns:
+        Terms [S] in nats; the weight of a sequence is the largest of its tokens' weights.
+    """
+    sequences = Sequences(batch)
+    nll_S = sequences.sum(-log_probs.logprob_T * batch.weight_T)
+    share_S = sequences.sum(batch.weight_T) if length_normalised else sequences.weight_S
+    return Terms(nll_S / share_S, sequences.weight_S)
+
+
+@objective(separable=True)
+def dft(log_probs: TokenLogProbs, batch: Batch) -> Terms:
+    """Dynamic fine-tuning: negative log-likelihood weighed by how likely the target already is.
+
+        value_t = -sg(p_t) log p_t        p_t = p(y_t), sg: taken as a constant
+
+    The gradient is that of -p_t: what `nll` multiplies by 1 / p_t, the rare targets, is taken back.
+    Used instead of `nll`.
+
+    Returns:
+        Terms [T] in nats. p_t is a factor of the value, never of the weight: the mean is over tokens.
+
+    Source: Wu et al. 2025, arXiv:2508.05629.
+    """
+    logprob_T = log_probs.logprob_T
+    return Terms(-logprob_T.detach().exp() * logprob_T, batch.weight_T)
 
 
 @objective(wants=("mean_logit",), separable=True)

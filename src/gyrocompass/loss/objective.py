@@ -4,12 +4,13 @@
       - nll                                             # weight 1
       - z_loss: {coefficient: 1.0e-4}
       - unlikelihood: {window: 64, weight: {linear: {from: 0.0, to: 0.5, steps: 1000}}}
+      - nll: {name: prose, slices: [prose/docs, prose/comments]}      # of these slices alone
 
     [entry, ...] --parse_objectives--> Composite
     Composite(log_probs, batch) -> {name: Terms}        the terms of each, unreduced and apart
 
 The terms stay apart until `reduce.py` adds them up, so each is reported by its name. Left out: weights that
-adapt to what the run measures, which need a state that a checkpoint must keep.
+adapt to what the run measures (`blend.py`).
 
 Shape legend: T tokens, C candidate tokens per position.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any
 
@@ -27,10 +28,21 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, create_model, model
 from torch import Tensor
 
 from gyrocompass.core.config import Config, parse
-from gyrocompass.core.errors import ConfigError, did_you_mean
-from gyrocompass.loss import likelihood as likelihood  # its objectives register themselves
+from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
+from gyrocompass.loss import contrastive as contrastive  # these modules' objectives register themselves
+from gyrocompass.loss import distill as distill
+from gyrocompass.loss import likelihood as likelihood
+from gyrocompass.loss import multi_token as multi_token
+from gyrocompass.loss import policy as policy
+from gyrocompass.loss import policy_value as policy_value
+from gyrocompass.loss import preference as preference
+from gyrocompass.loss import reference_free as reference_free
+from gyrocompass.loss import reference_kl as reference_kl
+from gyrocompass.loss import retrieval as retrieval
+from gyrocompass.loss import reward as reward
+from gyrocompass.loss import unpaired as unpaired
 from gyrocompass.loss.registry import OBJECTIVES, Registered
-from gyrocompass.loss.signal import Batch, Divergence, Terms, TokenLogProbs
+from gyrocompass.loss.signal import IGNORE_INDEX, Batch, Divergence, Terms, TokenLogProbs
 
 
 class Ramp(Config):
@@ -77,11 +89,28 @@ class Part:
     registered: Registered
     parameters: Mapping[str, Any]
     weight: float | Schedule
+    slices: tuple[str, ...] | None = None
+    """The slices it is about; None: all."""
+    slice_numbers: tuple[int, ...] | None = None
+    """Theirs in the batches to come; None until `Composite.on_slices` has said it."""
+
+    def seen(self, batch: Batch) -> Batch:
+        """The batch as this objective reads it: nothing counts outside its slices."""
+        if self.slices is None:
+            return batch
+        assert self.slice_numbers is not None, "say composite.on_slices(names) first"
+        own = batch.slice_T.new_tensor(self.slice_numbers)
+        elsewhere_T = torch.isin(batch.slice_T, own, invert=True)
+        return replace(
+            batch,
+            weight_T=batch.weight_T.masked_fill(elsewhere_T, 0.0),
+            target_T=batch.target_T.masked_fill(elsewhere_T, IGNORE_INDEX),
+        )
 
     def candidates(self, batch: Batch) -> Tensor | None:
         """The candidate tokens [T, C] this objective asks for, if it is about any."""
         find = self.registered.candidates
-        return None if find is None else find(batch, **self.parameters)
+        return None if find is None else find(self.seen(batch), **self.parameters)
 
     @property
     def divergence(self) -> Divergence | None:
@@ -146,8 +175,34 @@ class Composite:
                 )
                 columns = slice(column, column := column + candidate_TC.shape[1])
                 seen = seen._replace(candidate_TC=log_probs.candidate_TC[:, columns])
-            terms[part.name] = part.registered.function(seen, batch, **part.parameters)
+            terms[part.name] = part.registered.function(seen, part.seen(batch), **part.parameters)
         return terms
+
+    def on_slices(self, names: Sequence[str]) -> Composite:
+        """The same, for batches whose slices have these names; a part's slice that is not there is empty."""
+        numbers = {name: number for number, name in enumerate(names)}
+        return Composite(
+            tuple(
+                part
+                if part.slices is None
+                else replace(part, slice_numbers=tuple(numbers[n] for n in part.slices if n in numbers))
+                for part in self.parts
+            )
+        )
+
+    def check_slices(self, names: Sequence[str]) -> None:
+        """Refuse slices that the data does not have.
+
+        Raises:
+            BadInput: there is one; the nearest that exists is named.
+        """
+        for part in self.parts:
+            for name in part.slices or ():
+                if name not in names:
+                    raise BadInput(
+                        f"the objective {part.name} is about the slice {name}, which the data does not have"
+                        + did_you_mean(name, names)
+                    )
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of each part at an optimizer step, counted from 0."""
@@ -161,8 +216,9 @@ def parse_objectives(entries: Sequence[str | Mapping[str, Any]], where: str = "o
     """Read a YAML list of objectives.
 
     Args:
-        entries: each a name, or {name: {its parameters, weight, name}}. `weight` is a number (default 1) or
-            a schedule; `name` is what reports call the term, needed when an objective is listed twice.
+        entries: each a name, or {name: {its parameters, weight, name, slices}}. `weight` is a number (default
+            1) or a schedule; `name` is what reports call the term, needed when an objective is listed twice;
+            `slices` names those whose tokens, sequences or pairs it is about (default: all).
         where: what errors name as the place.
 
     Raises:
@@ -194,11 +250,16 @@ def _part(entry: str | Mapping[str, Any], where: str) -> Part:
         raise ConfigError(f"unknown objective {name!r}{did_you_mean(str(name), OBJECTIVES)}", where=where)
     checked = parse(_entry_model(OBJECTIVES[name]), {} if given is None else given, f"{where}.{name}")
     keys = dict(checked)
-    return Part(keys.pop("name"), OBJECTIVES[name], weight=keys.pop("weight"), parameters=keys)
+    called, weight, slices = (keys.pop(key) for key in ("name", "weight", "slices"))
+    return Part(called, OBJECTIVES[name], keys, weight, slices)
 
 
 @cache
 def _entry_model(registered: Registered) -> type[Config]:
-    """What an entry of this objective may hold: its parameters, a weight and a name."""
-    shared: dict[str, Any] = {"weight": (Weight, 1.0), "name": (str, registered.name)}
+    """What an entry of this objective may hold: its parameters, a weight, a name and slices."""
+    shared: dict[str, Any] = {
+        "weight": (Weight, 1.0),
+        "name": (str, registered.name),
+        "slices": (Annotated[tuple[str, ...], Field(min_length=1)] | None, None),
+    }
     return create_model(f"{registered.name}_entry", __base__=registered.parameters, **shared)

@@ -117,11 +117,15 @@ class Normaliser:
 
     def share(self, terms: dict[str, Terms], batch: Batch) -> Tensor:
         """The share of the loss alone, as `loss` has it."""
-        shares = [
-            self.weights[name] * (value * self._coefficients(name, weight, batch).to(value)).sum()
+        shares = self.shares(terms, batch)
+        return torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
+
+    def shares(self, terms: dict[str, Terms], batch: Batch) -> dict[str, Tensor]:
+        """The share of each objective by itself, whatever its weight in the loss."""
+        return {
+            name: (value * self._coefficients(name, weight, batch).to(value)).sum()
             for name, (value, weight) in terms.items()
-        ]
-        return torch.stack(shares).sum()
+        }
 
     def _coefficients(self, name: str, weight_T: Tensor, batch: Batch) -> Tensor:
         """What each value is multiplied by: weight / (G * the weight of its group), float64 [T]."""
@@ -216,6 +220,7 @@ def _known_weights(composite: Composite, batch: Batch) -> dict[str, Tensor]:
         scalar_T=zero_T,
         divergence_TK=zero_T[:, None].expand(-1, len(composite.divergences)),
         hidden_TD=zero_T[:, None],
+        future_TK=zero_T[:, None],
     )
     with torch.no_grad():
         return {name: term.weight for name, term in composite(zeros, batch).items()}

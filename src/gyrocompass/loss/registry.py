@@ -6,7 +6,7 @@
     - label_smoothing: {epsilon: 0.05, weight: 1.0}
 
 The keyword parameters of the function are the keys of the YAML entry, with the types, bounds and defaults of
-its signature. `weight` and `name` are taken: they belong to the entry, not to the function.
+its signature. `weight`, `name` and `slices` are taken: they belong to the entry, not to the function.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def objective(
     """Register a function under its own name; it stays callable as it is.
 
     Args:
-        wants: the statistics it reads besides `logprob_T` and `lse_T`; "scalar" and "hidden" too.
+        wants: the statistics it reads besides `logprob_T` and `lse_T`; "scalar", "hidden" and "future" too.
         candidates: what names the candidate tokens it reads; takes the batch and the same parameters.
         divergence: which divergence from a teacher it reads; takes the same parameters.
         whole_window: its terms are not a function of one unit alone (negatives, sorting, ranking).
@@ -79,7 +79,8 @@ def objective(
             for parameter in inspect.signature(function, eval_str=True).parameters.values()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
-        assert not {"weight", "name"} & set(fields), f"{name}: the keys weight and name belong to the entry"
+        taken = {"weight", "name", "slices"} & set(fields)
+        assert not taken, f"{name}: these keys belong to the entry: {taken}"
         model = create_model(f"{name}_parameters", __base__=Config, **fields)
         OBJECTIVES[name] = Registered(
             name, function, frozenset(wants), candidates, divergence, whole_window, model, separable

@@ -29,8 +29,21 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "reference_logprob": "score the data with the reference first: a stage of kind reference",
     "side": "give preference records: prompt, chosen, rejected",
     "desirable": "give records with a label: prompt, completion, label",
+    "mismatched": "give each prompt another's completion too, labelled 1; or set kl: matched",
+    "margin": "give preference records a number: margin",
+    "tie": "give each pair a label: 1 where both answers are as good, else 0",
+    "score": "give records with a number: prompt, completion, score",
+    "step_reward": "give answers in steps, each with a label",
     "advantage": "train on rollouts, which bring advantages",
     "rollout_logprob": "train on rollouts, which bring their sampler's log-probabilities",
+    "truncated": "train on rollouts, which say of each answer whether it was cut off",
+    "value": "train on rollouts with a value head, which bring what it said",
+    "return": "train on rollouts with a value head, which bring what it is to learn",
+    "teacher_token/0": "score the data with the teacher first, and keep its likeliest tokens as columns",
+    "teacher_token/0": "score the data with the teacher first: gyrocompass.model.teacher.with_teacher",
+    "relevance": "give each of a unit's records a label `relevance`, higher where it should rank higher",
+    "role": "give each record a label `role`: 0 a query, 1 what answers it, 2 what does not",
+    "retriever_logprob": "give each passage of a question a label `retriever_logprob`, its retriever's score",
 }
 """Where a column comes from, for those who miss it."""
 
@@ -67,6 +80,8 @@ class TokenLogProbs(NamedTuple):
     """The divergences from a teacher that were asked for, one column each; 0 where not counted."""
     hidden_TD: Tensor | None = None
     """The hidden states themselves, for objectives about whole texts."""
+    future_TK: Tensor | None = None
+    """log p of the tokens after the target, by the model's future heads; 0 where there is none to predict."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,8 @@ class Divergence(NamedTuple):
 
     kind: Kind
     beta: float = 0.5
+    temperature: float = 1.0
+    """Divides the logits of both before they are compared."""
 
 
 class Terms(NamedTuple):

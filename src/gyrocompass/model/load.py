@@ -29,6 +29,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from gyrocompass.core.errors import BadInput, did_you_mean
+from gyrocompass.model.future_heads import FILE as FUTURE_HEADS
+from gyrocompass.model.future_heads import load_future_heads, save_future_heads, without_future_heads
 from gyrocompass.model.head import ATTENTIONS
 from gyrocompass.model.lora import is_adapted, merged
 from gyrocompass.model.scalar_head import FILE as SCALAR_HEAD
@@ -56,7 +58,7 @@ def load_causal_lm(
     folder = Path(path)
     config = _read_config(folder)
     _check_weight_files(folder)
-    with _quiet():
+    with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -70,6 +72,7 @@ def load_causal_lm(
     _check_complete(folder, report)
     loaded: nn.Module = model.to(device)
     load_scalar_head(loaded, folder)
+    load_future_heads(loaded, folder)
     return loaded.eval()
 
 
@@ -117,13 +120,15 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
 
     Tied weights are written once and tied again on loading. A model with LoRA is written with its update
     merged into the weights (rounded to their dtype), and stays as it is itself; `lora.save_adapter` writes
-    the update alone. A scalar head is written beside them.
+    the update alone. Scalar and future heads are written beside them.
     """
-    with without_scalar_head(model) as head, _quiet():
+    with without_scalar_head(model) as head, without_future_heads(model) as ahead, quiet():
         whole: Any = merged(model) if is_adapted(model) else model
         whole.save_pretrained(folder)
     if head is not None:
         save_scalar_head(head, folder)
+    if ahead is not None:
+        save_future_heads(ahead, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -189,7 +194,9 @@ def _config_class(fields: Mapping[str, Any], where: Path | str) -> Any:
 
 def _check_weight_files(folder: Path) -> None:
     """Refuse pickles, and safetensors files that are absent or cut short."""
-    paths = sorted(path for path in folder.glob("*.safetensors") if path.name != SCALAR_HEAD)
+    paths = sorted(
+        path for path in folder.glob("*.safetensors") if path.name not in (SCALAR_HEAD, FUTURE_HEADS)
+    )
     if not paths:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -241,7 +248,7 @@ def _check_complete(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the bars and warnings of `transformers`: what matters in them is raised instead."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

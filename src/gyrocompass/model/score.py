@@ -40,6 +40,7 @@ from gyrocompass.loss.signal import Batch, Divergence, Expect, TokenLogProbs
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.score import Score, TokenScores
 from gyrocompass.model.batch import to_batch
+from gyrocompass.model.future_heads import future_logprobs
 from gyrocompass.model.head import Head, find_head, hidden_states
 from gyrocompass.model.scalar_head import scalars
 
@@ -52,6 +53,8 @@ def log_probs(
     *,
     want: Collection[str] = WANTS,
     candidate_TC: Tensor | None = None,
+    n_top: int = 0,
+    seed_T: Tensor | None = None,
     expect: Expect | None = None,
     divergences: Sequence[Divergence] = (),
     teacher: nn.Module | None = None,
@@ -61,14 +64,16 @@ def log_probs(
     """What a model says of a batch's targets: its hidden states and its head, through the primitive.
 
     Besides the primitive's answer it gives what is asked of the hidden states: `scalar_T` of the scalar head
-    for "scalar" in `want`, the hidden states themselves for "hidden", and `divergence_TK` for divergences
-    from a teacher, at the positions that count.
+    for "scalar" in `want`, the hidden states themselves for "hidden", `future_TK` of the future heads for
+    "future", and `divergence_TK` for divergences from a teacher, at the positions that count.
 
     Args:
         model: a causal language model of a known architecture, with or without LoRA, in either mode.
         batch: on the model's device.
-        want: as for `token_logprobs`, and "scalar" and "hidden".
+        want: as for `token_logprobs`, and "scalar", "hidden" and "future".
         candidate_TC: as for `token_logprobs`.
+        n_top: as for `token_logprobs`.
+        seed_T: as for `token_logprobs`.
         expect: as for `token_logprobs`; sees the other fields too, as constants.
         divergences: which, one column each.
         teacher: the model that they are from; it gets no gradient.
@@ -84,6 +89,8 @@ def log_probs(
         beside["scalar_T"] = scalars(model, h_TD)
     if "hidden" in want:
         beside["hidden_TD"] = h_TD
+    if "future" in want:
+        beside["future_TK"] = future_logprobs(model, h_TD, batch, backend=backend)
     if divergences:
         beside["divergence_TK"] = _divergences(head, h_TD, batch, divergences, teacher)
     if expect is not None and beside:
@@ -98,6 +105,8 @@ def log_probs(
         logit_scale=head.logit_scale,
         want=[name for name in want if name in WANTS],
         candidate_TC=candidate_TC,
+        n_top=n_top,
+        seed_T=seed_T,
         expect=expect,
         backend=backend,
         check_finite=check_finite,
@@ -116,11 +125,21 @@ def _divergences(
     if teacher is None:
         raise BadInput("an objective asks for a divergence from a teacher", fix="name one: `teacher: STAGE`")
     counted_T = batch.weight_T > 0
+    student = _as_divergent(head, h_TD)
     with torch.no_grad():
-        taught_TD = hidden_states(teacher, batch)
-    student, master = _as_divergent(head, h_TD), _as_divergent(find_head(teacher), taught_TD)
-    columns = [divergence(student, master, kind, beta=beta, mask_T=counted_T) for kind, beta in asked]
+        master = _as_divergent(find_head(teacher), hidden_states(teacher, batch))
+    master = _without_gradient(master)
+    columns = []
+    for kind, beta, temperature in asked:
+        p, q = (side._replace(temperature=temperature) for side in (student, master))
+        columns.append(divergence(p, q, kind, beta=beta, mask_T=counted_T))
     return torch.stack(columns, dim=1)
+
+
+def _without_gradient(head: DivergentHead) -> DivergentHead:
+    bias_V = None if head.bias_V is None else head.bias_V.detach()
+    low_rank = head.low_rank and (head.low_rank[0].detach(), head.low_rank[1].detach())
+    return head._replace(w_VD=head.w_VD.detach(), bias_V=bias_V, low_rank=low_rank)
 
 
 def _as_divergent(head: Head, h_TD: Tensor) -> DivergentHead:
@@ -257,6 +276,21 @@ def scored_tokens(
 ) -> Iterator[ScoredTokens]:
     """Every counted token of a dataset once, batch by batch; no gradients, the model's mode as it is."""
     device = next(model.parameters()).device
+    for batch, index_T in batches_of(dataset, length, rows, documents=documents, device=device):
+        with torch.no_grad(), precision(device, autocast):
+            answer = log_probs(model, batch, want=("entropy", "rank"), check_finite=check_finite)
+        yield _counted(batch, answer, index_T)
+
+
+def batches_of(
+    dataset: TokenDataset,
+    length: int,
+    rows: int,
+    *,
+    documents: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Batch, Int64Array]]:
+    """A dataset once, packed: batches, and for each position the dataset's index of the token it predicts."""
     pieces = _of_documents(cut(dataset, length), documents)
     if pieces.n_pieces == 0:
         return
@@ -265,9 +299,7 @@ def scored_tokens(
     for start in range(0, len(packed_rows), rows):
         part = packed_rows[start : start + rows]
         batch = to_batch(assemble(dataset, pieces, part, length), device)
-        with torch.no_grad(), precision(device, autocast):
-            answer = log_probs(model, batch, want=("entropy", "rank"), check_finite=check_finite)
-        yield _counted(batch, answer, _target_index(pieces, part, length))
+        yield batch, _target_index(pieces, part, length)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pydantic import Field
 from gyrocompass.core.config import Config, LoadedYaml, load_yaml, parse
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.recipe.stages.corpus import DocumentsStage, PairsStage, SplitStage
-from gyrocompass.recipe.stages.model import ImportedModelStage, NewModelStage
+from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStage
 from gyrocompass.recipe.stages.score import CompletionsStage, ScoreStage
 from gyrocompass.recipe.stages.tokens import ImportedTokenizerStage, TokenizerStage, TokensStage
@@ -40,6 +40,7 @@ AnyStage = Annotated[
     | ReferenceStage
     | NewModelStage
     | ImportedModelStage
+    | GgufModelStage
     | TrainStage
     | ScoreStage
     | CompletionsStage,

@@ -120,7 +120,7 @@ class StageFacts(NamedTuple):
 def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
     """Write the run's report into `folder` and return its path."""
     # Matplotlib and Jinja take a while to import, and only this function needs them.
-    from gyrocompass.recipe.report_plots import COLOURS, MARKERS, loss_plot, score_plot, shade
+    from gyrocompass.recipe.report_plots import COLOURS, MARKERS, loss_plot, score_plot, shade, weight_plot
 
     groups, trained = score_groups(record, store), trainings(record, store)
     slices = sorted({name for training in trained for name in training.slices})
@@ -132,7 +132,7 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
         groups=groups,
         score_plot=score_plot(groups) if groups else "",
         models=[row.model for row in groups[0].rows] if groups else [],
-        trainings=[(training, loss_plot(training, slices)) for training in trained],
+        trainings=[(training, loss_plot(training, slices), weight_plot(training)) for training in trained],
         slices=slices,
         colours=COLOURS,
         shapes=list(MARKERS.values()),

@@ -109,6 +109,24 @@ def _draw_series(axes: Any, training: Training, key: str, label: str) -> None:
     _label(axes, label)
 
 
+def weight_plot(training: Training) -> str:
+    """Each weight that changed, over the steps; empty where none did."""
+    paths = training.moving_weights()
+
+    def draw(figure: Any) -> None:
+        rows = figure.subplots(len(paths), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, path in zip(rows, paths, strict=True):
+            axes.plot(*_thinned(path.step_K, path.weight_K), color=_mark("ink"), linewidth=1.0)
+            axes.locator_params(axis="y", nbins=2)
+            _label(axes, f"weight of {path.of} {path.name}")
+        rows[-1].set_xlabel("step", color=_mark("muted"))
+        rows[-1].locator_params(axis="x", integer=True)
+
+    if not paths:
+        return ""
+    return _both(f"weights-{training.stage}", f"Weights of {training.stage}", 50 + 75 * len(paths), draw)
+
+
 def score_plot(groups: Sequence[SliceGroup]) -> str:
     """Nats per token with 95% intervals, slice by slice, one point for each model: the later, the darker."""
     n_rows = sum(len(group.rows) + 1 for group in groups)
@@ -155,7 +173,8 @@ def _draw_score(axes: Any, score: SliceScore, place: float, model: int, alpha: f
 
 def _label(axes: Any, text: str) -> None:
     """What is drawn, over the axes: it needs no room at the side."""
-    axes.set_title(text, loc="left", fontsize=FONT_SIZE, color=_mark("muted"), pad=4)
+    title = axes.set_title(text, loc="left", fontsize=FONT_SIZE, color=_mark("muted"), pad=4)
+    title.set_parse_math(False)
     _style(axes, "y")
 
 

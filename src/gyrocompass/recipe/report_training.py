@@ -2,7 +2,7 @@
 
     train stages --metrics.jsonl, evaluations.jsonl, incidents.jsonl, ledger.parquet--> [Training]
 
-Shape legend: K steps at which a slice had counted tokens.
+Shape legend: K steps at which a slice had counted tokens, or at which there was a weight.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ class ObjectiveTerm(NamedTuple):
     """Over the last tenth of the steps; each step counts alike."""
 
 
+class WeightPath(NamedTuple):
+    """How a weight went over the steps of a training stage."""
+
+    of: str
+    """"objective", or "tokens of" a slice."""
+    name: str
+    step_K: FloatArray
+    weight_K: FloatArray
+
+
 class Drawn(NamedTuple):
     """How much of one slice a training stage read."""
 
@@ -62,8 +72,9 @@ class Drawn(NamedTuple):
     share: float
     """Of the counted targets."""
     wanted: float | None
-    """The share of input tokens that the recipe asked for; None where it named no weights. Not to be compared
-    with `share`: a slice whose inputs are partly context (prompts) has fewer targets than inputs."""
+    """The share of input tokens that the recipe asked for; None where it named no weights, or weights that
+    move. Not to be compared with `share`: a slice whose inputs are partly context (prompts) has fewer targets
+    than inputs."""
 
 
 class Training(NamedTuple):
@@ -141,9 +152,21 @@ class Training(NamedTuple):
             )
         return terms
 
+    def moving_weights(self) -> list[WeightPath]:
+        """The weights that changed: of objectives, by a schedule or a controller, and of slices' tokens."""
+        paths = []
+        for key, of in (("objective_weights", "objective"), ("slice_weights", "tokens of")):
+            for name in dict.fromkeys(name for row in self.steps for name in row.get(key, ())):
+                points = [(row["step"], row[key][name]) for row in self.steps if name in row.get(key, ())]
+                step_K, weight_K = np.array(points, dtype=np.float64).T
+                if weight_K.min() < weight_K.max():
+                    paths.append(WeightPath(of, name, step_K, weight_K))
+        return paths
+
     def drawn(self) -> list[Drawn]:
         """What was read of each slice."""
-        wanted = self.settings.get("slice_weights") or {}
+        moves = (self.settings.get("curriculum") or {}).get("slices")
+        wanted = {} if moves else self.settings.get("slice_weights") or {}
         total = self.ledger.total.count
         return [
             Drawn(

@@ -6,7 +6,8 @@
         optimizer.safetensors   AdamW's moments and step counts
         rng.safetensors         the random state of every rank
         ledger.parquet          the sums of all steps so far
-        state.json              step, data position, guard, early stopping, the hash of the run's config
+        state.json              step, data position, guard, early stopping, adaptive weights, the hash of the
+                                run's config
 
 Frozen parameters are not saved: they are those of the model that training began from. A bounded number of
 checkpoints stays on disk. A damaged one is named in a warning and the one before it is used.

@@ -9,7 +9,9 @@ from pydantic import Field, NonNegativeFloat, model_validator
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import ConfigError
+from gyrocompass.data.curriculum import CurriculumConfig
 from gyrocompass.data.mixture import SamplerConfig
+from gyrocompass.loss.blend import BlendConfig
 from gyrocompass.loss.objective import parse_objectives
 from gyrocompass.loss.reduce import Reduction
 from gyrocompass.train.guard import GuardConfig
@@ -38,7 +40,10 @@ class TrainConfig(Config):
     rows_per_step: int = Field(default=32, ge=1)
     rows_per_micro_batch: int = Field(default=8, ge=1)
     slice_weights: dict[str, NonNegativeFloat] | None = None
+    curriculum: CurriculumConfig | None = None
     objective: tuple[str | dict[str, Any], ...] = ("nll",)
+    blend: BlendConfig | None = None
+    """How the weights of objectives and slices adapt to what the run measures; None: they do not."""
     reduction: Reduction = Reduction()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["float64", "float32", "bf16", "bf16_autocast"] = "float32"
@@ -56,6 +61,7 @@ class TrainConfig(Config):
             length=self.sequence_length,
             rows_per_step=self.rows_per_step,
             slice_weights=self.slice_weights,
+            curriculum=self.curriculum,
             epochs=self.epochs,
             seed=self.seed,
         )
@@ -67,7 +73,11 @@ class TrainConfig(Config):
         if self.early_stopping and not self.evaluate_every_steps:
             raise ValueError("early_stopping needs evaluate_every_steps")
         try:
-            parse_objectives(self.objective, "objective")
+            objective = parse_objectives(self.objective, "objective")
+            if self.blend is not None:
+                self.blend.adapted(objective.names)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        if self.blend and self.blend.doremi and self.reduction.by not in ("token", "constant"):
+            raise ValueError("blend.doremi weighs tokens by slice: reduction.by has to be token or constant")
         return self

@@ -5,7 +5,7 @@ its share of the rows, micro-batches cut those further, and since the loss is no
 whole window before the first forward pass, the gradients of all pieces add up to the gradient of the window.
 
     window -> micro-batches -> log-probs -> terms -> shares of the loss -> gradients (added up)
-           -> the guard's verdict -> clip -> AdamW -> ledger, metrics, evaluation, checkpoint
+           -> the guard's verdict -> clip -> AdamW -> ledger, weights, metrics, evaluation, checkpoint
 
 A run can be killed at any moment: `train` called again with the same arguments and folder goes on from the
 newest whole checkpoint and ends bit-identical to a run that was not killed. Ctrl-C finishes the step it is
@@ -32,8 +32,11 @@ from gyrocompass.core.artifact import writing
 from gyrocompass.core.config import config_hash
 from gyrocompass.core.errors import BadInput, Interrupted, TrainingStopped
 from gyrocompass.core.progress import Progress
+from gyrocompass.data.curriculum import reference_nll
 from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.loss.objective import parse_objectives
+from gyrocompass.loss.adapt import Observed
+from gyrocompass.loss.blend import Blend, Weights
+from gyrocompass.loss.objective import Composite, parse_objectives
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.model.score import evaluating, scored_tokens
 from gyrocompass.train import checkpoint
@@ -46,7 +49,7 @@ from gyrocompass.train.optim import MainParameters, adamw, learning_rate
 from gyrocompass.train.record import Alone, StepRecord
 from gyrocompass.train.source import PackedSource, Source, Window
 from gyrocompass.train.stopping import EarlyStopping
-from gyrocompass.train.window import window_gradients
+from gyrocompass.train.window import WindowPass, window_gradients
 
 Evaluate = Callable[[], Ledger]
 """Scores the model as it stands on held-out data."""
@@ -117,6 +120,7 @@ class _Run:
         self.model, self.source, self.config, self.folder = model, source, config, folder
         self.world, self.teacher, self.evaluate, self.progress = world, teacher, evaluate, progress
         self.objective = parse_objectives(config.objective)
+        self.blend = _blend(config, self.objective, source)
         self.main = MainParameters(model)
         self.optimizer = adamw(self.main, config.optimizer)
         self.guard = Guard(config.guard)
@@ -168,49 +172,54 @@ class _Run:
         if self.window in self.skipped:
             return True
         started = time.perf_counter()
-        record, norm, loss = self._gradients(window)
-        verdict = self.guard.judge(record.means(self.world), norm)
+        weights = self.blend.weights(self.step)
+        passed, norm = self._gradients(window, weights)
+        verdict = self.guard.judge(passed.record.means(self.world), norm)
         if verdict is not None:
-            self._handle(verdict, record, window.data)
+            self._handle(verdict, passed.record, window.data)
             return True
-        step_ledger = self._update(record)
+        step_ledger = self._update(passed)
         if self.world.is_first:
-            self._log(step_ledger, loss, norm, time.perf_counter() - started)
+            self._log(step_ledger, passed.loss, norm, weights, time.perf_counter() - started)
         self._evaluate_if_due()
         if self.step % self.config.checkpoint_every_steps == 0:
             self._save()
         return True
 
-    def _gradients(self, window: Window) -> tuple[StepRecord, float, float]:
-        """The window's gradients, clipped, with its record, their norm before that, and the loss."""
-        record, loss = window_gradients(
+    def _gradients(self, window: Window, weights: Weights) -> tuple[WindowPass, float]:
+        """The window's gradients, clipped, with what the pass leaves and their norm before that."""
+        passed = window_gradients(
             self.model,
             self.main,
             self.objective,
             window,
             self.config,
-            self.objective.weights(self.step),
+            weights.objectives,
             self.world,
             teacher=self.teacher,
+            slice_weights=weights.slices,
+            measure_norms=self.blend.reads_gradient_norms(self.step),
         )
-        norm = self.main.clip(self.config.optimizer.clip_norm)
-        return record, norm, loss
+        return passed, self.main.clip(self.config.optimizer.clip_norm)
 
-    def _update(self, record: StepRecord) -> Ledger:
-        """Step the optimizer and enter the step into the ledger."""
+    def _update(self, passed: WindowPass) -> Ledger:
+        """Step the optimizer, enter the step into the ledger, and let the weights of the next one follow."""
         rate = learning_rate(self.config.optimizer, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.main.publish()
-        self.step += 1
-        step_ledger = record.ledger(self.world)
+        step_ledger = passed.record.ledger(self.world)
         self.ledger.merge(step_ledger)
+        means = {name: s.value / s.weight for name, s in step_ledger.items("objective") if s.weight}
+        excess = passed.record.excess(self.world) if self.blend.reads_excess else {}
+        self.blend.observe(self.step, Observed(means, passed.gradient_norms, excess))
+        self.step += 1
         return step_ledger
 
     # --- what is said about it ---
 
-    def _log(self, ledger: Ledger, loss: float, norm: float, seconds: float) -> None:
+    def _log(self, ledger: Ledger, loss: float, norm: float, weights: Weights, seconds: float) -> None:
         self.metrics.append(
             {
                 "step": self.step,
@@ -223,6 +232,8 @@ class _Run:
                 "nll_nats": {name: s.value / s.count for name, s in ledger.items("slice") if s.count},
                 "slice_tokens": {name: s.count for name, s in ledger.items("slice")},
                 "objective": {name: s.value / s.weight for name, s in ledger.items("objective") if s.weight},
+                "objective_weights": weights.objectives,
+                "slice_weights": weights.slices,
             }
         )
         self.shown = {"loss": loss, "tok/s": ledger.total.count / seconds}
@@ -302,6 +313,7 @@ class _Run:
             "source": self.source.state(),
             "guard": self.guard.state(),
             "stopping": self.stopping.state(),
+            "blend": self.blend.state(),
             "evaluated_step": self.evaluated_step,
         }
         snapshot = checkpoint.Snapshot(self.step, state, self.ledger)
@@ -323,11 +335,23 @@ class _Run:
         self.source.restore(state["source"])
         self.guard.restore(state["guard"])
         self.stopping.restore(state["stopping"])
+        self.blend.restore(state["blend"])
         self.evaluated_step = state["evaluated_step"]
         if self.world.is_first:
             self.metrics.cut(self.step)
             self.evaluations.cut(self.evaluated_step or 0)
         return True
+
+
+def _blend(config: TrainConfig, objective: Composite, source: Source) -> Blend:
+    """The weights of a run, with the names of slices checked where the data is known beforehand."""
+    if not isinstance(source, PackedSource):
+        return Blend(config.blend, objective, None)
+    objective.check_slices(source.data.slice_names)
+    blend = Blend(config.blend, objective, source.data.slice_names)
+    if blend.reads_excess:
+        reference_nll(source.data)  # says what is missing
+    return blend
 
 
 def _fingerprint(model: nn.Module, source: Source) -> str:

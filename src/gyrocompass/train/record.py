@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gyrocompass.data.curriculum import REFERENCE
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.loss.reduce import Tally
 from gyrocompass.loss.signal import Batch, TokenLogProbs
@@ -70,20 +71,25 @@ class StepRecord:
             columns["top1"] = log_probs.rank_T == 0
         if log_probs.entropy_T is not None:
             columns["entropy"] = log_probs.entropy_T
+        if REFERENCE in batch.columns:
+            columns[REFERENCE] = batch.columns[REFERENCE]
         self._parts.append({name: x[counted_T].detach().cpu().numpy() for name, x in columns.items()})
         for name, sums in objectives.items():
             self._objectives[name] = [a + b for a, b in zip(self._objectives[name], sums, strict=True)]
 
     def means(self, world: World) -> dict[str, Mean]:
         """Mean NLL in total and per slice over all ranks; a NaN stays a NaN."""
-        own = {name: (float(nll.sum()), len(nll)) for name, nll in self._by_slice().items()}
-        sums: dict[str, tuple[float, int]] = {}
-        for rank_sums in world.gather_json(own):
-            for name, (nats, tokens) in rank_sums.items():
-                before = sums.get(name, (0.0, 0))
-                sums[name] = (before[0] + nats, before[1] + tokens)
+        sums = self._by_slice(self._column("nll").astype(np.float64), world)
         sums[TOTAL] = (sum(nats for nats, _ in sums.values()), sum(tokens for _, tokens in sums.values()))
         return {name: Mean(nats / max(1, tokens), tokens) for name, (nats, tokens) in sums.items()}
+
+    def excess(self, world: World) -> dict[str, float]:
+        """By slice, max(0, NLL - NLL of the reference) in the mean over its counted tokens on all ranks.
+
+        The documents have the column `reference_logprob`.
+        """
+        excess_N = np.maximum(0.0, self._column("nll").astype(np.float64) + self._column(REFERENCE))
+        return {name: nats / tokens for name, (nats, tokens) in self._by_slice(excess_N, world).items()}
 
     def ledger(self, world: World) -> Ledger:
         """The step's sums by slice and source, and by objective, over all ranks."""
@@ -122,9 +128,19 @@ class StepRecord:
         rows = [DocumentLoss(*row) for rank_rows in world.gather_json(own) for row in rank_rows]
         return sorted(rows, key=lambda row: (not np.isnan(row.nats), -row.nats))[:count]
 
-    def _by_slice(self) -> dict[str, NDArray[Any]]:
-        slice_N, nll_N = self._column("slice"), self._column("nll").astype(np.float64)
-        return {self._data.slice_names[i]: nll_N[slice_N == i] for i in np.unique(slice_N)}
+    def _by_slice(self, values_N: NDArray[Any], world: World) -> dict[str, tuple[float, int]]:
+        """The sum of each slice's values over all ranks, and of how many."""
+        slice_N = self._column("slice")
+        own = {
+            self._data.slice_names[i]: (float(values_N[slice_N == i].sum()), int((slice_N == i).sum()))
+            for i in np.unique(slice_N)
+        }
+        sums: dict[str, tuple[float, int]] = {}
+        for rank_sums in world.gather_json(own):
+            for name, (total, count) in rank_sums.items():
+                before = sums.get(name, (0.0, 0))
+                sums[name] = (before[0] + total, before[1] + count)
+        return sums
 
     def _by_document(self) -> list[tuple[int, NDArray[Any]]]:
         document_N, nll_N = self._column("document"), self._column("nll").astype(np.float64)

