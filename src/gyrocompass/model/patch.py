@@ -16,6 +16,8 @@ replaced. The loss is that of `transformers`: labels shifted by one, -100 ignore
 
 Under an autocast the head is multiplied in the autocast's dtype, as it would be without the patch.
 
+`torch.compile` compiles the decoder; the loss, a promise of logits beside it, comes after the graph.
+
 Left out: `Trainer`'s `label_smoothing_factor`, which takes the labels away and asks for logits (right, but in
 full); heads that are not one whole matrix, with or without plain LoRA beside it (a head cut over ranks,
 DeepSpeed ZeRO-3); and a copy of a patched model, which is not patched until `patch` is called on it.
@@ -149,8 +151,22 @@ def _forward_with_loss(
 ) -> Any:
     """Decoder, loss, and an output of the kind that the architecture returns."""
     decoded = lm.base_model(**inputs, return_dict=True)
-    h_BLD = decoded.last_hidden_state
-    head = find_head(lm)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return _output(lm, decoded, shift_labels, ignore_index, num_items_in_batch, return_dict)
+
+
+@torch.compiler.disable(reason="a patched model's logits are a promise, which no graph can hold")
+def _output(
+    lm: Any,
+    decoded: Any,
+    target_BL: Tensor,
+    ignore_index: int,
+    n_targets: Tensor | int | None,
+    return_dict: bool | None,
+) -> Any:
+    """Loss and promised logits of decoded states; `torch.compile` ends its graph before it."""
+    h_BLD, head = decoded.last_hidden_state, find_head(lm)
     if isinstance(head.w_VD, DTensor):
         raise BadInput("the head is cut over ranks", fix="keep it whole: leave lm_head out of fully_shard")
     low_rank = head.low_rank_of(h_BLD)
@@ -158,9 +174,7 @@ def _forward_with_loss(
         low_rank = as_autocast(*low_rank, None)[:2]
     h_BLD, w_VD, bias_V = as_autocast(h_BLD, head.w_VD, head.bias_V)
     head = head._replace(w_VD=w_VD, bias_V=bias_V)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = _loss(h_BLD, low_rank, head, shift_labels.to(h_BLD.device), ignore_index, num_items_in_batch)
+    loss = _loss(h_BLD, low_rank, head, target_BL.to(h_BLD.device), ignore_index, n_targets)
     logits = LazyLogits.of(
         lambda: _logits(h_BLD, low_rank, head), (*h_BLD.shape[:-1], len(w_VD)), h_BLD.dtype, h_BLD.device
     )
