@@ -38,13 +38,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
-from gyrocompass.model.head import Head, causal_lm, find_head
+from gyrocompass.model.head import KNOWN, Head, causal_lm, find_head, model_type
 from gyrocompass.model.lazy_logits import LazyLogits
+from gyrocompass.model.probe import loss_refusal
 from gyrocompass.model.trl_head import as_autocast, replace_trl_kernel, restore_trl_kernel
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -61,20 +66,26 @@ def patch(model: AnyModel) -> AnyModel:
     (`trl_head.py`). Patching a patched model changes nothing.
 
     Args:
-        model: a causal LM of `transformers`, its architecture in `head.KNOWN`, or a `peft` model around one.
+        model: a causal LM of `transformers`, or a `peft` model around one. Its architecture is in
+            `head.KNOWN`, or it is asked, with a few tokens, whether it does anything to its head's output.
 
     Returns:
         The same model.
 
     Raises:
-        BadInput: the architecture is not known, its head is not one matrix, or it has a loss function of its
-            own.
+        BadInput: the architecture is not known and not plain, its head is not one matrix, or it has a loss
+            of its own.
     """
     find_head(model)
     lm = causal_lm(model)
     if lm.loss_function is not ForCausalLMLoss:
         name = getattr(lm.loss_function, "__name__", lm.loss_function)
         raise BadInput(f"the model has a loss function of its own, {name}", fix="patch a model without one")
+    against = None if model_type(model) in KNOWN else loss_refusal(lm)
+    if against is not None:
+        raise BadInput(
+            f"cannot patch {model_type(model)!r}: {against}", fix="patch a model with the usual loss"
+        )
     before = lm.forward
     buried = _BEFORE in vars(lm) and _function(before) is not type(lm).forward
     if not buried:  # neither outermost already, nor under what others have wrapped around it since
@@ -132,10 +143,12 @@ def _forward_of(architecture: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _asks_for_loss(given: dict[str, Any]) -> bool:
-    """Whether a call wants the loss over all positions, from this forward and not from TRL's around it."""
+    """Whether a call wants the loss over all positions, from this forward and not from TRL's around it, and
+    nothing with it (a loss of a mixture's routing)."""
     keep = given.get("logits_to_keep", 0)
     everything = isinstance(keep, int) and keep == 0
-    return given.get("labels") is not None and everything and not given.get("fused_lm_head", False)
+    more = given.get("fused_lm_head", False) or given.get("output_router_logits", False)
+    return given.get("labels") is not None and everything and not more
 
 
 def _forward_with_loss(
@@ -156,7 +169,7 @@ def _forward_with_loss(
     return _output(lm, decoded, shift_labels, ignore_index, num_items_in_batch, return_dict)
 
 
-@torch.compiler.disable(reason="a patched model's logits are a promise, which no graph can hold")
+@torch.compiler.disable(reason="a patched model's logits are a promise, which no graph can hold")  # type: ignore[untyped-decorator]
 def _output(
     lm: Any,
     decoded: Any,
@@ -180,7 +193,11 @@ def _output(
     )
     names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
     others = {name: getattr(decoded, name) for name in names if hasattr(decoded, name)}
-    kind = CausalLMOutputWithCrossAttentions if "cross_attentions" in others else CausalLMOutputWithPast
+    kind: Any = CausalLMOutputWithPast
+    if hasattr(decoded, "cross_attentions"):
+        kind = CausalLMOutputWithCrossAttentions
+    elif hasattr(decoded, "router_logits"):
+        kind = MoeCausalLMOutputWithPast
     output = kind(loss=loss, logits=logits, **others)
     as_dict = lm.config.return_dict if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()
