@@ -19,6 +19,7 @@ from gyrocompass.loss import _native
 from gyrocompass.loss._native import NativeBackend, _build, status
 from gyrocompass.loss._noise import gumbel
 from gyrocompass.loss._question import Asks, LogitRule, Logits, Needs, Picks, Slopes, Sums
+from gyrocompass.loss.logprob import token_logprobs
 
 ENGINE = NativeBackend()
 EVERYTHING = Needs(True, True, True, True)
@@ -297,11 +298,93 @@ def test_what_it_does_not_take_it_refuses() -> None:
     assert "CPU" in (ENGINE.refusal(Logits(elsewhere, elsewhere, None, None, None, LogitRule())) or "")
 
 
+def test_factors_without_columns_are_left_to_the_chunked_backend() -> None:
+    """Both end in a division by zero in the operators."""
+    h_ND, w_VD, target_N = torch.zeros(2, 0), torch.zeros(5, 0), torch.tensor([1, 4])
+    flat = Logits(h_ND, w_VD, None, None, None, LogitRule())
+    rankless = Logits(torch.zeros(2, 3), torch.zeros(5, 3), None, h_ND, w_VD, LogitRule())
+    for logits in (flat, rankless):
+        assert "at least one column" in (ENGINE.refusal(logits) or "")
+        h_ND, w_VD, _, a_NR, b_VR = (
+            part if part is None else part.requires_grad_() for part in logits[:5]
+        )  # fmt: skip
+        low_rank = None if a_NR is None else (a_NR, b_VR)
+        logprob_N = token_logprobs(h_ND, w_VD, target_N, low_rank=low_rank).logprob_T
+        assert logprob_N.tolist() == pytest.approx([-math.log(5)] * 2)
+        logprob_N.sum().backward()
+        assert h_ND.grad is not None and h_ND.grad.shape == h_ND.shape
+
+
 def tried(monkeypatch: pytest.MonkeyPatch, **environment: str) -> _build.Status:
     """What a process with this environment would find."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return _build._status.__wrapped__()
+
+
+class Operators:
+    """A library whose products work for some dtypes."""
+
+    def __init__(self, bf16: bool | str, float32: bool | str) -> None:
+        self.answers = {True: bf16, False: float32}
+
+    def works(self, bf16: bool) -> bool:
+        answer = self.answers[bf16]
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("bf16", "float32"), [(True, True), ("not on this ISA\nat f.cpp", True), (True, False), ("no", "no")]
+)
+def test_a_product_that_is_refused_or_wrong_costs_its_dtype_alone(
+    bf16: bool | str, float32: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_build, "_missing", lambda: None)
+    monkeypatch.setattr(_build, "_build", lambda *_: None)
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    monkeypatch.setattr(torch.ops, "gyrocompass_native", Operators(bf16, float32), raising=False)
+    found = _build._status.__wrapped__()
+    for dtype, works in ((torch.bfloat16, bf16), (torch.float32, float32)):
+        refusal = found.refusal(dtype)
+        assert (refusal is None) == (works is True)
+        if refusal is not None:
+            assert str(dtype).removeprefix("torch.") in refusal or not found.available
+            assert ("wrong answer" in refusal) == (works is False) and "f.cpp" not in refusal
+    assert found.available == (bf16 is True or float32 is True)
+
+
+FALLS_BACK = """
+import torch
+from gyrocompass.loss.logprob import token_logprobs
+def ask(dtype, **options):
+    zeros = torch.zeros(5, 3, dtype=dtype)
+    token_logprobs(zeros[:2], zeros, torch.tensor([1, 2]), **options)
+ask(torch.float64), ask(torch.float16), ask(torch.float32, backend="chunked")
+print("so far nothing", flush=True)
+ask(torch.float32), ask(torch.bfloat16), ask(torch.float32)
+"""
+
+
+@pytest.mark.parametrize(("switch", "n_lines"), [("1", 1), ("0", 0)])
+def test_falling_back_is_said_in_one_line(switch: str, n_lines: int) -> None:
+    """Once per process, and for inputs that the native backend would take."""
+    older = "torch.backends.cpu.get_cpu_capability = lambda: 'AVX2'"
+    program = f"import torch; {older}\n{FALLS_BACK}"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"GYRO_NATIVE": switch},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    first, *said = run.stdout.splitlines()
+    assert first == "so far nothing" and len(said) == n_lines
+    if said:
+        assert "chunked backend" in said[0] and "AVX-512" in said[0] and "GYRO_NATIVE=0" in said[0]
 
 
 needs_avx512 = pytest.mark.skipif(
