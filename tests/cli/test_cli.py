@@ -19,22 +19,6 @@ from tiny_recipe import FinishedRun, write_recipe
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def gyro(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def record(run: FinishedRun) -> RunRecord:
     return RunRecord.model_validate_json((run.store / "runs" / "tiny" / "run.json").read_text())
 

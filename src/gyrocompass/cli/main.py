@@ -94,9 +94,9 @@ def _add_run(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_train(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "train", "train a model in Hugging Face format on files, scored before and after")
-    verb.add_argument("model", type=Path, help="a folder with config.json, safetensors and a tokenizer")
+    verb.add_argument("model", type=_path, help="a folder with config.json, safetensors and a tokenizer")
     verb.add_argument(
-        "data", type=Path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
+        "data", type=_path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
     )
     verb.add_argument("--out", type=Path, help="also write the trained model here, in Hugging Face format")
     _run_options(verb)
@@ -106,7 +106,7 @@ def _add_score(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "score", "print the log-probability of texts under a model, per slice")
     verb.add_argument("model", help="a model folder, or an artifact id")
     verb.add_argument(
-        "data", type=Path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
+        "data", type=_path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
     )
     verb.add_argument("--tokens", action="store_true", help="print every token with its log-probability too")
     verb.add_argument(
@@ -156,6 +156,14 @@ def _add_doctor(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "doctor", "say what works on this machine, what does not, and what to do about it")
     verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     _store_options(verb)
+
+
+def _path(text: str) -> Path:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"the name {text!a} is not UTF-8: rename it") from error
+    return Path(text)
 
 
 def _at_least(least: int) -> Callable[[str], int]:
