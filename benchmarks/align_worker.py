@@ -29,6 +29,8 @@ class Lap(NamedTuple):
     """One step."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all threads: what a busy neighbour changes least."""
     loss: float
     nll_nats: float
     peak_bytes: int | None
@@ -39,11 +41,12 @@ class Pacer:
 
     def __init__(self, answer: Callable[[Any], None], await_command: Callable[[], None]) -> None:
         self._answer, self._await = answer, await_command
-        self._started = 0.0
+        self._started = self._cpu_started = 0.0
 
     def __call__(self, said: Callable[[], Said] | None, apart_s: float) -> None:
         """Stop the clock, answer, wait, and start it again."""
         seconds = time.perf_counter() - self._started
+        cpu_seconds = time.process_time() - self._cpu_started
         if said is None:
             give_back()
             _forget_peak()
@@ -51,9 +54,9 @@ class Pacer:
         else:
             peak_bytes = resident_bytes("VmHWM")
             give_back()
-            self._answer(Lap(seconds, *said(), peak_bytes))
+            self._answer(Lap(seconds, cpu_seconds, *said(), peak_bytes))
         self._await()
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
 
 def _forget_peak() -> None:

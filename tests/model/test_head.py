@@ -92,7 +92,12 @@ def test_packed_rows_are_each_sequence_alone_in_the_full_model(
 
 @pytest.mark.parametrize(
     ("lengths", "row", "shape"),
-    [([9, 9, 8, 9], 18, (4, 8)), ([7, 12, 10], 14, (3, 11)), ([15, 15], 14, (2, 14)), ([9, 3, 9], 10, (2, 10))],
+    [
+        ([9, 9, 8, 9], 18, (4, 8)),
+        ([7, 12, 10], 14, (3, 11)),
+        ([15, 15], 14, (2, 14)),
+        ([9, 3, 9], 10, (2, 10)),
+    ],
     ids=["pairs", "padding", "full", "mixed"],
 )
 def test_segments_have_rows_of_their_own_where_that_takes_no_more_positions(
