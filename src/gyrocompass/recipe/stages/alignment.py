@@ -24,6 +24,7 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import (
     ModelName,
@@ -33,7 +34,7 @@ from gyrocompass.recipe.stage import (
     Stage,
     Workplace,
 )
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
 from gyrocompass.train.config import PRECISIONS
 from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, sample_row
