@@ -23,14 +23,15 @@ SUM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Relative to the sum's own size; products of few terms, so that rounding is all that differs."""
 RESIDUAL_TOLERANCE = 6e-5
 """Where bf16 logits are made of two rounded products (chunked, on AMX): exact to 2^-18 of themselves."""
-GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 """Of the norm of the error over the norm of the terms' magnitudes: where a gradient's terms cancel, what is
-left is no measure of how they were rounded. Sizes are random here: one bf16 number alone may be off by 4e-3,
-and a float32 logit of 20 by a millionth. `test_error_bounds.py` asks for the promised 3e-3 and 1e-6."""
+left is no measure of how they were rounded. Sizes and slopes are random here: one bf16 number alone may be
+off by 4e-3, and the terms of one dz (a + b x + c e^x) may cancel before it is a term. With the slopes of real
+losses `test_error_bounds.py` asks for the promised 3e-3 and 1e-6."""
 AMX_TOLERANCE = 1e-2
 """Where the products of a tile are rounded to bf16 before they are added up."""
 LOGPROB_NATS = {torch.float64: 1e-11, torch.float32: 5e-6}
-"""The promised bound; with it, 4 roundings of the log-probability itself, which are more where it is large."""
+"""The promised bound, and 4 roundings of the log-probability itself, which are more where it is large."""
 
 
 @st.composite
