@@ -116,8 +116,8 @@ def check_lengths(stages: Mapping[str, Stage]) -> None:
             check_context(base.context, stage.sequence_length, f"stages.{name}")
 
 
-def plan(stages: Mapping[str, Stage], store: Store) -> list[Step]:
-    """Every stage in order, with its key and artifact where they are known."""
+def plan(stages: Mapping[str, Stage], store: Store | None) -> list[Step]:
+    """Every stage in order, with its key and artifact where they are known; without a store, none is."""
     check_lengths(stages)
     steps: dict[str, Step] = {}
     for name in order(stages):
@@ -126,7 +126,7 @@ def plan(stages: Mapping[str, Stage], store: Store) -> list[Step]:
         parents = {role: steps[reference].artifact for role, reference in references.items()}
         ids = {role: artifact.id for role, artifact in parents.items() if artifact is not None}
         key = stage.key(ids) if len(ids) == len(parents) else None
-        steps[name] = Step(name, stage, references, key, store.find(key) if key else None)
+        steps[name] = Step(name, stage, references, key, store.find(key) if key and store else None)
     return list(steps.values())
 
 
