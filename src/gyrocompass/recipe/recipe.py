@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from gyrocompass.core.config import Config, LoadedYaml, MistakesBelow, load_yaml, parse
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.recipe.plan import reference_mistakes
+from gyrocompass.recipe.stages.alignment import AlignmentStage
 from gyrocompass.recipe.stages.corpus import DocumentsStage, PairsStage, SplitStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStage
@@ -43,6 +44,7 @@ AnyStage = Annotated[
     | GgufModelStage
     | TrainStage
     | ScoreStage
+    | AlignmentStage
     | CompletionsStage,
     Field(discriminator="kind"),
 ]

@@ -9,7 +9,7 @@ Left out: everything that happens with them (`train.rollout`, `train.watch`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ from gyrocompass.train.rollout import FloatArray, Generate, Prompt, RolloutConfi
 from gyrocompass.train.watch import GamingWatch, Scored, WatchConfig
 
 
-def read_prompts(folder: Path, tokenizer: Any, longest: int) -> list[Prompt]:
+def read_prompts(
+    folder: Path, tokenizer: Any, longest: int, slices: Collection[str] | None = None
+) -> list[Prompt]:
     """The prompts of a folder of documents: what stands before the last answer of each.
 
     The answer itself is the reference that rewards may compare with. Prompts of more than `longest` tokens,
-    and plain texts, which have no prompt, are left out.
+    and plain texts, which have no prompt, are left out; so are those of other slices than `slices`.
 
     Raises:
         BadInput: nothing is left.
@@ -45,7 +47,7 @@ def read_prompts(folder: Path, tokenizer: Any, longest: int) -> list[Prompt]:
     prompts = []
     for document in read_documents(folder):
         asked = _asked(document)
-        if asked is None:
+        if asked is None or (slices is not None and document.slice not in slices):
             continue
         prompt, text, answer = asked
         ids = prompt_ids(tokenizer, prompt)
@@ -56,7 +58,8 @@ def read_prompts(folder: Path, tokenizer: Any, longest: int) -> list[Prompt]:
             )
     if not prompts:
         raise BadInput(
-            f"no document here has a prompt of at most {longest} tokens",
+            f"no document here has a prompt of at most {longest} tokens"
+            + (f" and is of {', '.join(slices)}" if slices else ""),
             where=folder,
             fix="give conversations, completions or preferences; raise sequence_length, or lower "
             "max_new_tokens",

@@ -78,6 +78,8 @@ class TrainStage(Stage, TrainConfig):
     """What objectives of distillation learn from."""
     prompts: OptionalDocumentsName = None
     """Documents whose prompts are sampled from."""
+    prompt_slices: tuple[str, ...] | None = None
+    """Of them, those of these slices; None: all."""
     rollouts: RolloutConfig | None = None
     rewards: tuple[str | dict[str, Any], ...] = ()
     reference: OptionalModelName = None
@@ -182,7 +184,7 @@ class TrainStage(Stage, TrainConfig):
         longest = self.sequence_length + 1 - self.rollouts.max_new_tokens
         length, rows = self.sequence_length, self.rows_per_micro_batch
         source = rollout_source(
-            read_prompts(workplace.input("prompts"), tokenizer, longest),
+            read_prompts(workplace.input("prompts"), tokenizer, longest, self.prompt_slices),
             model,
             tokenizer,
             self.rewards,
@@ -196,7 +198,7 @@ class TrainStage(Stage, TrainConfig):
         if self.watch is None:
             return source, None
         assert reference is not None
-        watched = read_prompts(workplace.input("watch_prompts"), tokenizer, longest)
+        watched = read_prompts(workplace.input("watch_prompts"), tokenizer, longest, self.prompt_slices)
         folder = workplace.work if workplace.world.is_first else None
         return source, gaming_watch(
             watched,
