@@ -68,13 +68,27 @@ def test_a_ledger_is_the_direct_sum_on_full_logits(
     assert ledger.total.bytes == int(dataset.byte_N[dataset.weight_N > 0].sum())
 
 
-def test_the_trainers_call_and_the_score_are_the_same_numbers() -> None:
-    model, dataset = tiny("llama"), random_documents(4, LENGTHS)
-    batch = packed_batch(dataset, 16)
-    loss = -(log_probs(model, batch).logprob_T * (batch.weight_T > 0)).sum()
-    loss.backward()  # the trainer's: gradients on
-    ledger = score_dataset(model, dataset, length=16)
-    assert ledger.total.value == pytest.approx(float(loss.detach()), rel=1e-6)
+@settings(deadline=None, max_examples=15)
+@given(
+    st.sampled_from(["llama", "mistral", "gpt2", "gemma2"]),
+    st.lists(st.integers(2, 50), min_size=1, max_size=6),
+    st.integers(1, 60),
+    st.integers(0, 9),
+)
+def test_the_trainers_call_and_the_score_are_the_same_numbers(
+    name: str, lengths: list[int], length: int, seed: int
+) -> None:
+    """Law 3: the trainer's loss (gradients on) = the score = the direct sum on full logits."""
+    model, dataset = tiny(name), random_documents(seed, lengths)
+    batch = packed_batch(dataset, length)
+    answer = log_probs(model, batch)
+    assert answer.logprob_T.requires_grad
+    loss = -float((answer.logprob_T.detach().double() * (batch.weight_T > 0)).sum())
+    ledger = score_dataset(model, dataset, length=length)
+    within = 1e-4 * max(1, ledger.total.count)
+    assert ledger.total.count == int((batch.weight_T > 0).sum())
+    assert ledger.total.value == pytest.approx(loss, abs=within)
+    assert sum(direct(model, dataset, length).values()) == pytest.approx(loss, abs=within)
 
 
 @settings(deadline=None, max_examples=15)

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -165,12 +166,12 @@ def _go(job: Job, folder: Path, *, kill: bool) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """One of the two processes; see the module docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     job = Job.model_validate_json((options.folder / JOB).read_text(encoding="utf-8"))
     torch.set_num_threads(job.threads)
     _go(job, options.folder / "killed", kill=options.kill)
@@ -179,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
