@@ -23,6 +23,7 @@ from gyrocompass.core.store import Store
 from gyrocompass.data import mixture
 from gyrocompass.data.mixture import Sampler
 from gyrocompass.data.pack import Packed
+from gyrocompass.data.tokens import write_tokens
 from gyrocompass.loss.reduce import Normaliser, Reduced, normalise
 from gyrocompass.loss.signal import Batch
 from gyrocompass.model import score as model_score
@@ -255,6 +256,9 @@ class NormalisedByMicroBatch:
         reduced = normaliser.loss(terms, batch)
         return Reduced(reduced.loss / len(self.own), reduced.report)
 
+    def share(self, terms: Any, batch: Batch) -> torch.Tensor:
+        return self.loss(terms, batch).loss
+
 
 def test_partition_fails_for_a_mean_of_means(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "normalise", NormalisedByMicroBatch)
@@ -303,8 +307,8 @@ def test_resume_fails_where_the_run_ends_otherwise(subject: Subject) -> None:
 def test_accounting_fails_for_a_sampler_that_repeats_a_piece(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Sampler._piece
-    monkeypatch.setattr(Sampler, "_piece", lambda self, s, nth: right(self, s, max(0, nth - 1)))
+    right = Sampler._bundle
+    monkeypatch.setattr(Sampler, "_bundle", lambda self, s, nth: right(self, s, max(0, nth - 1)))
     finding = accounting(subject)
     assert finding.passed is False and "document" in finding.look_at, finding
 
@@ -318,6 +322,15 @@ def test_accounting_fails_for_a_manifest_that_counts_otherwise(
     changed = subject.data_artifact._replace(manifest=manifest.model_copy(update={"counts": counts}))
     finding = accounting(dataclasses.replace(subject, data_artifact=changed))
     assert finding.passed is False and f"{shown} (" in finding.look_at, finding
+
+
+def test_accounting_fails_for_a_document_that_is_there_twice(subject: Subject, tmp_path: Path) -> None:
+    rows = list(subject.data.rows())
+    write_tokens(tmp_path, [*rows, rows[0]])
+    finding = accounting(
+        dataclasses.replace(subject, data_artifact=subject.data_artifact._replace(path=tmp_path))
+    )
+    assert finding.passed is False and f"document {rows[0].document_id} (2 times)" in finding.look_at, finding
 
 
 def scaled_head(model: torch.nn.Module) -> Head:

@@ -39,7 +39,6 @@ COLUMN_SOURCES: Mapping[str, str] = {
     "truncated": "train on rollouts, which say of each answer whether it was cut off",
     "value": "train on rollouts with a value head, which bring what it said",
     "return": "train on rollouts with a value head, which bring what it is to learn",
-    "teacher_token/0": "score the data with the teacher first, and keep its likeliest tokens as columns",
     "teacher_token/0": "score the data with the teacher first: gyrocompass.model.teacher.with_teacher",
     "relevance": "give each of a unit's records a label `relevance`, higher where it should rank higher",
     "role": "give each record a label `role`: 0 a query, 1 what answers it, 2 what does not",

@@ -4,15 +4,16 @@
 
 A causal model of `transformers` is a base model (tokens to hidden states, the final norm included) and a
 linear head. What it does to the head's output differs, and is not visible in the weights; `KNOWN` states it
-for each architecture, and a test compares each with the full model's logits. An architecture that is not in
-the table is refused: a forgotten softcap would give wrong numbers without any error.
+for each architecture, and a test compares each with the full model's logits. A model that is not in the table
+is asked (`probe.py`): if nothing is done to its head's output it is taken, else it is refused, for a
+forgotten softcap would give wrong numbers without any error.
 
 Rows are packed, so attention must stay inside a segment. Where the segments fit into no more positions with
 a row for each, which pairs do whose sides are of about one length, they are read that way: causal attention
 needs no mask then, and a mask costs attention its fast path. Else nothing is passed but the positions:
 `transformers` derives the block-causal (and sliding-window) mask from their restarts, for every attention
 that takes a mask (`transformers.masking_utils.find_packed_sequence_indices`). A test holds both to that: a
-packed sequence has the log-probabilities that it has alone.
+packed sequence has the log-probabilities that it has alone. Models that are not in the table are asked too.
 
 LoRA on the head stays two thin matrices A and B beside it: the primitive adds (scaling * h A^T) B^T to h w^T
 and gives both their gradients, without the merged weight. Plain LoRA with one active adapter, that is; its
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.loss.signal import Batch
+from gyrocompass.model.probe import head_refusal, packing_refusal
 
 
 class LowRank(NamedTuple):
@@ -106,16 +108,18 @@ def find_head(model: nn.Module) -> Head:
     """Find a model's head: its weight and bias, and what is done to its output.
 
     Raises:
-        BadInput: the architecture is not known, or the head is not a plain linear layer, with or without
-            plain LoRA beside it (it is quantised, trained whole as one of `modules_to_save`, or has DoRA).
+        BadInput: the architecture is not known and does something to its head's output, or the head is not a
+            plain linear layer, with or without plain LoRA beside it (it is quantised, trained whole as one of
+            `modules_to_save`, or has DoRA).
     """
-    name = model_type(model)
-    if name not in KNOWN:
+    name, lm = model_type(model), causal_lm(model)
+    against = None if name in KNOWN else head_refusal(lm)
+    if against is not None:
         raise BadInput(
-            f"do not know where {name!r} keeps its head{did_you_mean(name, KNOWN)}",
+            f"do not know where {name!r} keeps its head{did_you_mean(name, KNOWN)}; {against}",
             fix=f"known architectures: {', '.join(KNOWN)}",
         )
-    head, low_rank = causal_lm(model).get_output_embeddings(), None
+    head, low_rank = lm.get_output_embeddings(), None
     if has_lora(head):
         head, low_rank = head.base_layer, _low_rank(head)
     if type(head) is not nn.Linear:
@@ -123,7 +127,7 @@ def find_head(model: nn.Module) -> Head:
             f"the head is a {type(head).__module__}.{type(head).__name__}, not one matrix",
             fix="leave lm_head out of modules_to_save, and do not quantise it",
         )
-    config, rule = _config(model), KNOWN[name]
+    config, rule = lm.config, KNOWN.get(name, _PLAIN)
     return Head(head.weight, head.bias, rule.softcap(config), rule.logit_scale(config), low_rank)
 
 
@@ -175,6 +179,12 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         raise BadInput(
             f"attention {attention!r} does not keep packed segments apart",
             fix=f"use one of {', '.join(ATTENTIONS)}",
+        )
+    against = None if model_type(model) in KNOWN else packing_refusal(causal_lm(model))
+    if against is not None:
+        raise BadInput(
+            f"{model_type(model)!r} cannot be trained on packed rows: {against}",
+            fix=f"known architectures: {', '.join(KNOWN)}",
         )
     context = context_length(model)
     if batch.length > context and int(batch.position_T.max()) >= context:

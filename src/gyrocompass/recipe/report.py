@@ -20,11 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gyrocompass.core.artifact import Artifact
+from gyrocompass.core.folder import write_whole
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.store import Store
 from gyrocompass.measure.table import MEASURES, Measure, estimate, plain_table, print_fitting, with_interval
 from gyrocompass.recipe import report_format as fmt
 from gyrocompass.recipe.record import RunRecord, StageRecord
+from gyrocompass.recipe.report_alignment import Cell, Judged, judged_models, measures, side_by_side
 from gyrocompass.recipe.report_completions import CompletionGroup, completion_groups
 from gyrocompass.recipe.report_data import data_facts
 from gyrocompass.recipe.report_scores import ScoreRow, SliceGroup, score_groups
@@ -47,6 +49,9 @@ def print_report(record: RunRecord, store: Store, console: Console) -> None:
     groups = score_groups(record, store)
     if groups:
         print_fitting(partial(_score_table, groups), console)
+    judged = judged_models(record, store)
+    if judged:
+        console.print(_alignment_table(judged))
     for group in completion_groups(record, store):
         _print_completions(group, console)
     for training in trainings(record, store):
@@ -67,6 +72,27 @@ def _score_table(groups: Sequence[SliceGroup], measures: Sequence[Measure]) -> T
 
 def _own_counts(row: ScoreRow) -> list[str]:
     return [fmt.count(getattr(row.score, name, None)) for name in ("documents", "groups", "tokens")]
+
+
+def _alignment_table(judged: list[Judged]) -> Table:
+    title = "alignment: mean [95% interval], and the paired change from the first model"
+    table = Table(title=title, title_style="bold")
+    table.add_column("measure")
+    for one in judged:
+        table.add_column(one.model, justify="right")
+    for measured in measures(judged):
+        table.add_row(measured.name, *(_alignment_cell(cell) for cell in measured.cells))
+    return table
+
+
+def _alignment_cell(cell: Cell) -> str:
+    if cell.figure is None:
+        return fmt.DASH
+    text = f"{fmt.figure(cell.figure.value)} {fmt.interval(cell.figure.low, cell.figure.high)}"
+    if cell.change is None:
+        return text
+    value, low, high = cell.change
+    return f"{text}\n{fmt.signed(value)} {fmt.interval(low, high)} {cell.verdict}"
 
 
 def _print_completions(group: CompletionGroup, console: Console) -> None:
@@ -124,6 +150,7 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
 
     groups, trained = score_groups(record, store), trainings(record, store)
     slices = sorted({name for training in trained for name in training.slices})
+    judged = judged_models(record, store)
     stages = [StageFacts(stage, store.open(stage.artifact, verify=False)) for stage in record.stages]
     last_model = next((facts for facts in reversed(stages) if facts.artifact.manifest.kind == "model"), None)
     page = _template().render(
@@ -139,6 +166,9 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
         shade=shade,
         data=data_facts(record, store),
         completions=completion_groups(record, store),
+        judged=judged,
+        measured=measures(judged),
+        side_by_side=side_by_side(judged),
         paths=_incident_paths(trained, record, store),
         stages=stages,
         names={facts.artifact.id: facts.stage.name for facts in stages},
@@ -146,7 +176,7 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
         lineage=walk(store, last_model.artifact.id).artifact if last_model else None,
     )
     path = folder / REPORT
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 
@@ -192,7 +222,8 @@ def _incident_paths(trained: Sequence[Training], record: RunRecord, store: Store
             document["document_id"] for incident in training.incidents for document in incident["documents"]
         }
         if named:
-            listing = store.documents(artifacts[training.inputs["data"]])
+            read = training.inputs.get("data") or training.inputs["prompts"]
+            listing = store.documents(artifacts[read])
             paths |= {row.document_id: row.path for row in listing if row.document_id in named}
     return paths
 
@@ -207,7 +238,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("figure", "interval", "signed", "small", "count", "brief", "share", "seconds", "when")
+    names = ("figure", "interval", "signed", "small", "count", "counted", "brief", "share", "seconds", "when")
     environment.filters |= {name: getattr(fmt, name) for name in names}
     environment.filters |= {"visible": _visible}
     environment.globals |= {"estimate": estimate, "SCALE": fmt.SCALE, "DASH": fmt.DASH}

@@ -133,6 +133,17 @@ class Training(NamedTuple):
         smooth_K = _running_mean(nats_K, tokens_K, self.smoothed_steps)
         return Curve(name, step_K, nats_K, smooth_K, held_out)
 
+    def rollout_terms(self) -> list[tuple[str, float, float]]:
+        """What the rollouts were like: name, mean of the first tenth of the steps, and of the last."""
+        rows = [row["rollout"] for row in self.steps if "rollout" in row]
+        part = max(1, len(rows) // END_PARTS)
+        names = dict.fromkeys(name for row in rows for name in row)
+
+        def mean(name: str, some: list[dict[str, float]]) -> float:
+            return float(np.mean([row.get(name, np.nan) for row in some]))
+
+        return [(name, mean(name, rows[:part]), mean(name, rows[-part:])) for name in names]
+
     def objective_terms(self) -> list[ObjectiveTerm]:
         """Every term of the objective by name."""
         settings = dict(_objective_settings(entry) for entry in self.settings.get("objective", ()))

@@ -151,6 +151,9 @@ def _subjects(recipe: Recipe, store: Store, progress: Progress) -> Iterator[Subj
         how = "reused" if done.reused else duration(done.seconds)
         progress.note(f"{done.name}: {how}  {done.artifact.id}")
     for name, stage in trainings(recipe.stages).items():
+        if stage.data is None:
+            progress.note(f"{name}: learns from its own samples, of which there are none before it runs")
+            continue
         _, *before, base = model_chain(recipe.stages, name)
         if before:
             progress.note(f"{name}: goes on from {before[0]}, not trained yet, so checked on {base}")
@@ -161,7 +164,7 @@ def _subjects(recipe: Recipe, store: Store, progress: Progress) -> Iterator[Subj
             artifacts[base],
             artifacts[stage.data],
             artifacts[stage.held_out] if stage.held_out else None,
-            tuple(artifacts[one.data] for one in earlier if isinstance(one, TrainStage)),
+            tuple(artifacts[one.data] for one in earlier if isinstance(one, TrainStage) and one.data),
             store,
             progress,
             world.device,

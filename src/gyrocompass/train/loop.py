@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +55,27 @@ Evaluate = Callable[[], Ledger]
 """Scores the model as it stands on held-out data."""
 
 
+class Watch(Protocol):
+    """Looks at the model now and then, for signs that a run does not do what it is meant to."""
+
+    def look(self, step: int) -> str | None:
+        """Judge the model; a sentence when something is wrong."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run should end."""
+
+    @property
+    def best_step(self) -> int | None:
+        """Where the model was best, of all looks so far."""
+
+    def state(self) -> Any:
+        """What it remembers, as JSON."""
+
+    def restore(self, state: Any) -> None:
+        """Take over what `state` returned."""
+
+
 class Outcome(NamedTuple):
     """What a finished run can say of itself."""
 
@@ -74,6 +95,7 @@ def train(
     world: World = World(),  # noqa: B008  (immutable)
     teacher: nn.Module | None = None,
     evaluate: Evaluate | None = None,
+    watch: Watch | None = None,
     tracker: Tracker | None = None,
     progress: Progress | None = None,
     label: str = "train",
@@ -86,6 +108,8 @@ def train(
         teacher: what objectives of distillation learn from, in evaluation mode on the same device.
         folder: checkpoints, metrics.jsonl, evaluations.jsonl and incidents.jsonl live here.
         evaluate: called every `evaluate_every_steps` and at the end.
+        watch: looks at the model as often, and may say that the run is over; the parameters that it found
+            best are then those that stay.
 
     Raises:
         Interrupted: Ctrl-C; the state is saved.
@@ -97,7 +121,7 @@ def train(
     model.train()
     source = PackedSource(data, config.sampler()) if isinstance(data, TokenDataset) else data
     progress = progress or Progress(quiet=True)
-    run = _Run(model, source, config, folder, world, teacher, evaluate, tracker, progress)
+    run = _Run(model, source, config, folder, world, teacher, evaluate, watch, tracker, progress)
     return run.go(label)
 
 
@@ -113,12 +137,14 @@ class _Run:
         world: World,
         teacher: nn.Module | None,
         evaluate: Evaluate | None,
+        watch: Watch | None,
         tracker: Tracker | None,
         progress: Progress,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.model, self.source, self.config, self.folder = model, source, config, folder
-        self.world, self.teacher, self.evaluate, self.progress = world, teacher, evaluate, progress
+        self.world, self.teacher, self.progress = world, teacher, progress
+        self.evaluate, self.watch = evaluate, watch
         self.objective = parse_objectives(config.objective)
         self.blend = _blend(config, self.objective, source)
         self.main = MainParameters(model)
@@ -146,7 +172,7 @@ class _Run:
             self._save()
         task = self.progress.task(label, self.steps, unit="step", done=self.step)
         with interrupt_flag() as interrupted:
-            while self.step < self.steps and not self.stopping.is_over:
+            while self.step < self.steps and not self.is_over:
                 before = self.step
                 if not self._next_step():
                     break
@@ -161,7 +187,16 @@ class _Run:
         self._finish()
         task.finish()
         skipped = tuple(sorted(self.skipped))
-        return Outcome(self.step, self.ledger, skipped, self.stopping.best_step, self.stopping.is_over)
+        return Outcome(self.step, self.ledger, skipped, self._best_step(), self.is_over)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the held-out loss or the watch says so."""
+        return self.stopping.is_over or (self.watch is not None and self.watch.is_over)
+
+    def _best_step(self) -> int | None:
+        """The step whose parameters are kept, if any are."""
+        return self.stopping.best_step if self.watch is None else self.watch.best_step
 
     def _next_step(self) -> bool:
         """Take one step (or rewind); False when the data is over."""
@@ -179,8 +214,9 @@ class _Run:
             self._handle(verdict, passed.record, window.data)
             return True
         step_ledger = self._update(passed)
+        rollout = {**self.source.metrics(), **passed.record.importance(self.world)}
         if self.world.is_first:
-            self._log(step_ledger, passed.loss, norm, weights, time.perf_counter() - started)
+            self._log(step_ledger, passed.loss, norm, weights, time.perf_counter() - started, rollout)
         self._evaluate_if_due()
         if self.step % self.config.checkpoint_every_steps == 0:
             self._save()
@@ -219,7 +255,15 @@ class _Run:
 
     # --- what is said about it ---
 
-    def _log(self, ledger: Ledger, loss: float, norm: float, weights: Weights, seconds: float) -> None:
+    def _log(
+        self,
+        ledger: Ledger,
+        loss: float,
+        norm: float,
+        weights: Weights,
+        seconds: float,
+        rollout: Mapping[str, float],
+    ) -> None:
         self.metrics.append(
             {
                 "step": self.step,
@@ -234,13 +278,18 @@ class _Run:
                 "objective": {name: s.value / s.weight for name, s in ledger.items("objective") if s.weight},
                 "objective_weights": weights.objectives,
                 "slice_weights": weights.slices,
+                **({"rollout": rollout} if rollout else {}),
             }
         )
         self.shown = {"loss": loss, "tok/s": ledger.total.count / seconds}
+        if "reward" in rollout:
+            self.shown["reward"] = rollout["reward"]
 
     def _evaluate_if_due(self, *, force: bool = False) -> None:
         every = self.config.evaluate_every_steps
         due = force or (every is not None and self.step % every == 0)
+        if due and self.watch is not None:
+            self._look(self.watch)
         if self.evaluate is None or not due:
             return
         ledger = self.evaluate()
@@ -253,7 +302,21 @@ class _Run:
             (self.folder / "evaluations").mkdir(exist_ok=True)
             ledger.save(self.folder / "evaluations" / f"step-{self.step:08d}.parquet")
         self.evaluated_step = self.step
-        if self.stopping.observe(self.step, ledger) and self.config.early_stopping and self.world.is_first:
+        if self.stopping.observe(self.step, ledger) and self.config.early_stopping:
+            self._keep_best()
+
+    def _look(self, watch: Watch) -> None:
+        """Let the watch judge the model as it stands; keep the parameters that it likes best."""
+        reason = watch.look(self.step)
+        self.model.train()
+        if watch.best_step == self.step:
+            self._keep_best()
+        self.evaluated_step = self.step
+        if reason is not None:
+            self.progress.note(reason)
+
+    def _keep_best(self) -> None:
+        if self.world.is_first:
             with writing(self.folder / "best", "parameters") as draft:
                 checkpoint.save_parameters(self.main, draft.path)
 
@@ -261,7 +324,8 @@ class _Run:
         if self.evaluated_step != self.step:
             self._evaluate_if_due(force=True)
         self._save()
-        if self.config.early_stopping and self.stopping.best_step is not None:
+        keeps_best = self.config.early_stopping or (self.watch is not None and self.watch.is_over)
+        if keeps_best and self._best_step() is not None:
             checkpoint.load_parameters(self.main, self.folder / "best")
 
     # --- the guard's verdict ---
@@ -289,9 +353,7 @@ class _Run:
                 fix="look at these documents; drop them, lower the rate, or set guard.policy: rewind",
             )
         self.progress.note(f"{what}\n  going back to the last checkpoint and passing over this window")
-        skipped = self.skipped | {self.window}
-        self._resume()
-        self.skipped |= skipped
+        self._resume(passing_over=self.skipped | {self.window})
 
     def _alone(self, data: TokenDataset, document: int) -> Alone:
         """The NLL of a document's counted tokens with nothing packed beside it, or what is not finite."""
@@ -313,6 +375,7 @@ class _Run:
             "source": self.source.state(),
             "guard": self.guard.state(),
             "stopping": self.stopping.state(),
+            "watch": None if self.watch is None else self.watch.state(),
             "blend": self.blend.state(),
             "evaluated_step": self.evaluated_step,
         }
@@ -321,7 +384,7 @@ class _Run:
         checkpoint.save(self.folder, snapshot, self.main, self.optimizer, self.world, keep=keep)
         self.metrics.commit()
 
-    def _resume(self) -> bool:
+    def _resume(self, passing_over: Collection[int] = ()) -> bool:
         """Take over the newest whole checkpoint; False where there is none."""
         found = checkpoint.newest_whole(self.folder, self.progress.note) if self.world.is_first else None
         name = self.world.gather_json(found and found.name)[0]
@@ -331,15 +394,19 @@ class _Run:
         snapshot = checkpoint.load(path, self.main, self.optimizer, self.world, self.config_hash)
         state = snapshot.state
         self.step, self.ledger, self.window = snapshot.step, snapshot.ledger, state["window"]
-        self.skipped = set(state["skipped"])
+        self.skipped = {*state["skipped"], *passing_over}
         self.source.restore(state["source"])
         self.guard.restore(state["guard"])
         self.stopping.restore(state["stopping"])
+        if self.watch is not None and state["watch"] is not None:
+            self.watch.restore(state["watch"])
         self.blend.restore(state["blend"])
         self.evaluated_step = state["evaluated_step"]
         if self.world.is_first:
             self.metrics.cut(self.step)
             self.evaluations.cut(self.evaluated_step or 0)
+            # What stopped a window that is not passed over will stop it again.
+            self.incidents.keep(lambda row: row["window"] in self.skipped)
         return True
 
 

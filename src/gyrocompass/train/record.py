@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,15 @@ from numpy.typing import NDArray
 
 from gyrocompass.data.curriculum import REFERENCE
 from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.loss.importance import ImportanceSums, importance_sums
 from gyrocompass.loss.reduce import Tally
 from gyrocompass.loss.signal import Batch, TokenLogProbs
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.train.distributed import World
 from gyrocompass.train.guard import TOTAL, Mean
+
+ROLLOUT = "rollout_logprob"
+"""The column of what a sampler recorded."""
 
 
 class Alone(NamedTuple):
@@ -55,6 +60,7 @@ class StepRecord:
         self._data = data
         self._parts: list[dict[str, NDArray[Any]]] = []
         self._objectives: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        self._importance = ImportanceSums()
 
     def add(self, batch: Batch, log_probs: TokenLogProbs, objectives: Mapping[str, Tally]) -> None:
         """Take one micro-batch: its tokens, and each objective's sums."""
@@ -71,6 +77,8 @@ class StepRecord:
             columns["top1"] = log_probs.rank_T == 0
         if log_probs.entropy_T is not None:
             columns["entropy"] = log_probs.entropy_T
+        if ROLLOUT in batch.columns:
+            self._importance += importance_sums(log_probs, batch)
         if REFERENCE in batch.columns:
             columns[REFERENCE] = batch.columns[REFERENCE]
         self._parts.append({name: x[counted_T].detach().cpu().numpy() for name, x in columns.items()})
@@ -90,6 +98,12 @@ class StepRecord:
         """
         excess_N = np.maximum(0.0, self._column("nll").astype(np.float64) + self._column(REFERENCE))
         return {name: nats / tokens for name, (nats, tokens) in self._by_slice(excess_N, world).items()}
+
+    def importance(self, world: World) -> dict[str, float]:
+        """How far sampler and learner are apart on rollouts, over all ranks; empty without rollouts."""
+        gathered = world.gather_json(list(astuple(self._importance)))
+        sums = sum((ImportanceSums(*own) for own in gathered), start=ImportanceSums())
+        return sums.report() if sums.count else {}
 
     def ledger(self, world: World) -> Ledger:
         """The step's sums by slice and source, and by objective, over all ranks."""

@@ -46,6 +46,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """A hash of what a resume must find again and no state holds."""
 
+    def metrics(self) -> Mapping[str, float]:
+        """What is worth saying of the last window besides its losses."""
+
 
 class PackedSource:
     """A dataset, packed and in the sampler's order."""
@@ -70,6 +73,10 @@ class PackedSource:
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Source`."""
         self.sampler.restore(state)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
 
     def fingerprint(self) -> str:
         """Of the tokens and all that objectives read of them."""

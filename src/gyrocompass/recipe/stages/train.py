@@ -14,82 +14,146 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from gyrocompass.core.artifact import Draft
-from gyrocompass.core.errors import BadInput
+from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
-from gyrocompass.model.head import find_head
+from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.fit import check_context, check_fit
+from gyrocompass.model.future_heads import attach_future_heads, save_future_heads, without_future_heads
+from gyrocompass.model.head import context_length, find_head
 from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
-from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, Workplace
-from gyrocompass.recipe.stages.model import ADAPTER, check_fit, copy_model, open_model
+from gyrocompass.model.upstream import UpstreamConfig
+from gyrocompass.recipe.stage import (
+    ModelName,
+    OptionalDocumentsName,
+    OptionalModelName,
+    OptionalTokensName,
+    Stage,
+    Workplace,
+)
+from gyrocompass.recipe.stages.model import ADAPTER, copy_model, open_model
+from gyrocompass.recipe.stages.rollouts import gaming_watch, read_prompts, rollout_source
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import World
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.metrics import MlflowTracker
+from gyrocompass.train.rollout import RolloutConfig, RolloutSource
+from gyrocompass.train.watch import GamingWatch, WatchConfig
 
-RUN_FILES = ("metrics.jsonl", "evaluations.jsonl", "incidents.jsonl")
+RUN_FILES = ("metrics.jsonl", "evaluations.jsonl", "incidents.jsonl", "watch.jsonl")
+TIMED_FILES = {"metrics.jsonl", "evaluations.jsonl"}
 EVALUATIONS = "evaluations"
 
 
 class TrainStage(Stage, TrainConfig):
-    """Train `model` on `data`, watching `held_out`; every key of `TrainConfig` stands beside these."""
+    """Train `model` on `data`, watching `held_out`; every key of `TrainConfig` stands beside these.
+
+    With `rollouts` it learns from its own samples of `prompts` instead, judged by `rewards`.
+    """
 
     kind: Literal["train"] = "train"
     makes: ClassVar[str] = "model"
     distributed: ClassVar[bool] = True
-    model: StageName
-    data: StageName
-    held_out: OptionalStageName = None
+    model: ModelName
+    data: OptionalTokensName = None
+    held_out: OptionalTokensName = None
     held_out_documents: int | None = Field(default=None, ge=1)
     """Evaluate on the first so many held-out documents of each slice while training; None: on all of them."""
     lora: LoraSettings | None = None
     scalar_head: bool = False
     """Train a scalar head beside the head of words, for objectives that read one: a reward, a value."""
-    teacher: OptionalStageName = None
+    future_heads: int = Field(default=0, ge=0)
+    """How many tokens after the next one are predicted too, for the objective `multi_token`."""
+    teacher: OptionalModelName = None
     """What objectives of distillation learn from."""
+    prompts: OptionalDocumentsName = None
+    """Documents whose prompts are sampled from."""
+    prompt_slices: tuple[str, ...] | None = None
+    """Of them, those of these slices; None: all."""
+    rollouts: RolloutConfig | None = None
+    rewards: tuple[str | dict[str, Any], ...] = ()
+    reference: OptionalModelName = None
+    """The model whose log-probabilities rollouts bring along."""
+    engine: UpstreamConfig | None = None
+    """A server that samples; None: the model itself does."""
+    watch: WatchConfig | None = None
+    """Look out for gamed rewards, on `watch_prompts`, every `evaluate_every_steps`."""
+    watch_prompts: OptionalDocumentsName = None
 
     @model_validator(mode="after")
     def _check_what_needs_held_out(self) -> TrainStage:
         for field in ("early_stopping", "evaluate_every_steps", "held_out_documents"):
-            if self.held_out is None and getattr(self, field) is not None:
+            watches = field == "evaluate_every_steps" and self.watch is not None
+            if self.held_out is None and getattr(self, field) is not None and not watches:
                 raise ValueError(f"{field} needs held_out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rollouts(self) -> TrainStage:
+        if (self.data is None) == (self.rollouts is None):
+            raise ValueError("give one of data and rollouts")
+        for field in ("prompts", "rewards", "engine", "reference", "watch"):
+            if self.rollouts is None and getattr(self, field):
+                raise ValueError(f"{field} goes with rollouts")
+        if self.rollouts is not None:
+            if not (self.prompts and self.rewards and self.steps):
+                raise ValueError("rollouts need prompts, rewards and steps")
+            try:
+                parse_rewards(self.rewards)
+                if self.watch is not None:
+                    parse_rewards(self.watch.gold, where="watch.gold")
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        if self.watch is not None and not (
+            self.watch_prompts and self.reference and self.evaluate_every_steps
+        ):
+            raise ValueError("watch needs watch_prompts, reference and evaluate_every_steps")
         return self
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """See the module docstring."""
         world = workplace.world
         base = workplace.input("model")
-        data = TokenDataset.open(workplace.input("data"))
+        data = TokenDataset.open(workplace.input("data")) if self.data else None
         held_out = TokenDataset.open(workplace.input("held_out")) if self.held_out else None
-        if held_out is not None:
+        if held_out is not None and data is not None:
             check_held_out(data, held_out, f"stages.{workplace.name}.held_out")
         model = open_model(base, dtype=PRECISIONS[self.precision], device=world.device)
-        check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
+        where = f"stages.{workplace.name}"
+        if data is None:
+            check_context(context_length(model), self.sequence_length, where)
+        else:
+            check_fit(model, data, self.sequence_length, where)
         if self.lora:
             model = apply_lora(model, self.lora, seed=self.seed)
         if self.scalar_head:
             attach_scalar_head(model)
+        if self.future_heads:
+            attach_future_heads(model, self.future_heads)
         teacher = self._teacher(workplace, model)
         config = TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
         evaluate = self._evaluation(model, held_out, workplace.world) if held_out is not None else None
         tracker = self._tracker(workplace) if world.is_first else None
+        source, watch = self._rollouts(workplace, model) if data is None else (data, None)
         outcome = train(
             model,
-            data,
+            source,
             config,
             workplace.work,
             world=world,
             teacher=teacher,
             evaluate=evaluate,
+            watch=watch,
             tracker=tracker,
             progress=workplace.progress,
             label=workplace.name,
@@ -97,15 +161,57 @@ class TrainStage(Stage, TrainConfig):
         if world.is_first:
             if self.lora and not self.lora.merge_on_save:
                 copy_model(base, draft.path)
-                with without_scalar_head(model) as head:
+                with without_scalar_head(model) as head, without_future_heads(model) as ahead:
                     save_adapter(model, draft.path / ADAPTER)
                 if head is not None:
                     save_scalar_head(head, draft.path)
+                if ahead is not None:
+                    save_future_heads(ahead, draft.path)
             else:
                 save_model(model, draft.path, tokenizer=load_tokenizer(base))
             self._keep_run(workplace.work, draft, outcome)
         if tracker is not None:
             tracker.close()
+
+    def _rollouts(self, workplace: Workplace, model: nn.Module) -> tuple[RolloutSource, GamingWatch | None]:
+        """Where windows of samples come from, and who watches them."""
+        assert self.rollouts is not None
+        tokenizer = load_tokenizer(workplace.input("model"))
+        reference = None
+        if self.reference is not None:
+            dtype = PRECISIONS[self.precision]
+            reference = open_model(workplace.input("reference"), dtype=dtype, device=workplace.world.device)
+        longest = self.sequence_length + 1 - self.rollouts.max_new_tokens
+        length, rows = self.sequence_length, self.rows_per_micro_batch
+        source = rollout_source(
+            read_prompts(workplace.input("prompts"), tokenizer, longest, self.prompt_slices),
+            model,
+            tokenizer,
+            self.rewards,
+            self.rollouts,
+            length,
+            rows,
+            reference=reference,
+            upstream=self.engine,
+            world=workplace.world,
+        )
+        if self.watch is None:
+            return source, None
+        assert reference is not None
+        watched = read_prompts(workplace.input("watch_prompts"), tokenizer, longest, self.prompt_slices)
+        folder = workplace.work if workplace.world.is_first else None
+        return source, gaming_watch(
+            watched,
+            model,
+            reference,
+            tokenizer,
+            self.rewards,
+            self.watch,
+            self.rollouts,
+            length,
+            rows,
+            folder,
+        )
 
     def _teacher(self, workplace: Workplace, student: nn.Module) -> nn.Module | None:
         if self.teacher is None:
@@ -145,6 +251,7 @@ class TrainStage(Stage, TrainConfig):
         for name in RUN_FILES:
             if (work / name).exists():
                 shutil.copy(work / name, draft.path / name)
+        draft.records |= TIMED_FILES
         if (work / EVALUATIONS).exists():
             shutil.copytree(work / EVALUATIONS, draft.path / EVALUATIONS)
         outcome.ledger.save(draft.path / "ledger.parquet")

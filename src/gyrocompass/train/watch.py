@@ -1,0 +1,153 @@
+"""A watch against gamed rewards: held-out prompts, the reward that is trained on, and a better one beside it.
+
+    model --sample held-out prompts--> proxy and gold rewards, KL from the reference, entropy, length
+          --GamingMonitor-->           go on, or: gold has been falling while the proxy rises; go back
+
+The prompts and seeds are the same at every look, so that looks are comparable. Each look is a row of
+`watch.jsonl`. The loop keeps the parameters of the look with the best gold reward.
+
+Left out: what is done about it, which is the user's: another reward, a stronger tie to the reference.
+
+Shape legend: N tokens of a dataset, D documents (samples).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from gyrocompass.core.config import Config
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.measure.gaming import GamingConfig, GamingMonitor, Judged, Row
+from gyrocompass.measure.reward import Sample, WeightedSum
+from gyrocompass.measure.rewards.text import distinct_share
+from gyrocompass.train.metrics import MetricLog
+from gyrocompass.train.rollout import Annotate, FloatArray, Generate, Prompt, sample_row
+
+
+class WatchConfig(Config):
+    """What is looked at, and when the run is over."""
+
+    prompts: int = Field(default=16, ge=2)
+    """How many of the held-out prompts, from the first."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    gold: tuple[str | dict[str, Any], ...] = Field(min_length=1)
+    """The rewards that count, and that the run does not learn from."""
+    halt: GamingConfig = GamingConfig()
+    seed: int = Field(default=1, ge=0)
+
+
+class Scored(NamedTuple):
+    """What the model says of a dataset's tokens, [N] each; NaN where nothing is counted."""
+
+    logprob_N: FloatArray
+    entropy_N: FloatArray
+
+
+class GamingWatch:
+    """A `loop.Watch`.
+
+    Args:
+        prompts: held out.
+        generate: the engine, at temperature 1.
+        decode: token ids to the text that is rewarded.
+        proxy: the reward that the run learns from.
+        gold: the one that counts.
+        score: the model's own view of samples.
+        reference: log-probabilities of the reference.
+        config: see `WatchConfig`.
+        folder: where watch.jsonl is written; None on ranks that do not write.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        generate: Generate,
+        decode: Callable[[Sequence[int]], str],
+        proxy: WeightedSum,
+        gold: WeightedSum,
+        score: Callable[[TokenDataset], Scored],
+        reference: Annotate,
+        config: WatchConfig,
+        folder: Path | None,
+    ) -> None:
+        self.prompts = prompts[: config.prompts]
+        self.generate, self.decode, self.proxy, self.gold = generate, decode, proxy, gold
+        self.score, self.reference, self.config = score, reference, config
+        self.monitor = GamingMonitor(config.halt)
+        self.log = None if folder is None else MetricLog(folder / "watch.jsonl")
+        self.is_over = False
+
+    @property
+    def best_step(self) -> int | None:
+        """Where the gold reward was highest."""
+        return self.monitor.best_step
+
+    def look(self, step: int) -> str | None:
+        """See `loop.Watch`."""
+        verdict = self.monitor.observe(step, self._judged())
+        if self.log is not None:
+            self.log.append(as_json(self.monitor.rows[-1]))
+        if verdict is None:
+            return None
+        self.is_over = True
+        return f"{verdict.reason}; going back to the parameters of step {verdict.best_step}"
+
+    def state(self) -> dict[str, Any]:
+        """See `loop.Watch`."""
+        return {"monitor": self.monitor.state(), "is_over": self.is_over}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `loop.Watch`."""
+        self.monitor.restore(state["monitor"])
+        self.is_over = state["is_over"]
+        if self.log is not None:
+            self.log.cut(self.monitor.rows[-1].step if self.monitor.rows else -1)
+
+    def _judged(self) -> list[Judged]:
+        asked = [prompt for prompt in self.prompts for _ in range(self.config.samples_per_prompt)]
+        seeds = [self.config.seed * 1_000_003 + number for number in range(len(asked))]
+        sampled = self.generate([prompt.ids for prompt in asked], seeds)
+        samples = [
+            Sample(
+                prompt.text, self.decode(one.token_ids), prompt.reference, len(one.token_ids), one.finished
+            )
+            for prompt, one in zip(asked, sampled, strict=True)
+        ]
+        dataset = TokenDataset.of(
+            sample_row(f"{prompt.id}@{number}", prompt, one.token_ids)
+            for number, (prompt, one) in enumerate(zip(asked, sampled, strict=True))
+        )
+        scored, reference_N = self.score(dataset), self.reference(dataset)
+        proxy, gold = self.proxy(samples), self.gold(samples)
+        judged = []
+        for d, (prompt, sample) in enumerate(zip(asked, samples, strict=True)):
+            own = slice(int(dataset.offset_D[d]), int(dataset.offset_D[d + 1]))
+            counted = dataset.weight_N[own] > 0
+            distance_N = (scored.logprob_N[own] - reference_N[own])[counted]
+            judged.append(
+                Judged(
+                    prompt=prompt.id,
+                    proxy=proxy[d],
+                    gold=gold[d],
+                    kl_nats=float(distance_N.sum(dtype=np.float64)),
+                    entropy_nats=float(scored.entropy_N[own][counted].mean(dtype=np.float64)),
+                    n_tokens=sample.n_tokens,
+                    distinct=distinct_share(sample.completion),
+                    finished=sample.finished,
+                )
+            )
+        return judged
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """An evaluation as a line of watch.jsonl."""
+    plain = row._asdict()
+    for name in ("proxy", "gold"):
+        plain[name] = plain[name]._asdict()
+    plain["best_of"] = [best._asdict() for best in row.best_of]
+    return plain
