@@ -70,8 +70,10 @@ class Task(NamedTuple):
         return ids_BL
 
     def load(self) -> Any:
-        """The model, in training mode."""
-        return load_causal_lm(Path(self.model), dtype=getattr(torch, self.dtype)).train()
+        """The model as `transformers` loads it, in training mode."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).train()
 
 
 class Said(NamedTuple):
@@ -89,7 +91,7 @@ that a reference pass before the first step took."""
 
 def ours(task: Task, pace: Pace, folder: Path) -> None:
     """`train`, with everything that a user's step includes."""
-    model, apart_s = task.load(), 0.0
+    model, apart_s = load_causal_lm(Path(task.model), dtype=getattr(torch, task.dtype)), 0.0
     dpo = task.kind == "dpo"
     length = 2 * task.length if dpo else task.length
     data = TokenDataset.of(_rows(task))

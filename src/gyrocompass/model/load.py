@@ -35,6 +35,7 @@ from gyrocompass.model.head import ATTENTIONS
 from gyrocompass.model.lora import is_adapted, merged
 from gyrocompass.model.scalar_head import FILE as SCALAR_HEAD
 from gyrocompass.model.scalar_head import load_scalar_head, save_scalar_head, without_scalar_head
+from gyrocompass.model.wide_linear import widen_where_narrow_is_slow
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LEGACY_KEYS = frozenset({"model_type", "rope_theta", "rope_scaling"})
@@ -73,6 +74,7 @@ def load_causal_lm(
     loaded: nn.Module = model.to(device)
     load_scalar_head(loaded, folder)
     load_future_heads(loaded, folder)
+    widen_where_narrow_is_slow(loaded)
     return loaded.eval()
 
 
@@ -112,6 +114,7 @@ def new_causal_lm(
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise BadInput(f"this architecture cannot be built: {error}", where="architecture") from error
+    widen_where_narrow_is_slow(model)
     return model.to(dtype).eval()
 
 
