@@ -11,8 +11,9 @@ from pydantic import Field
 from gyrocompass.core.artifact import DocumentRow, Draft
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.document import Document, read_documents
+from gyrocompass.data.rows import tokenise
 from gyrocompass.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
-from gyrocompass.data.tokens import TokenDataset, tokenise
+from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.recipe.stage import Stage, StageName, Workplace
 from gyrocompass.recipe.stages.corpus import listed
 
