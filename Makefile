@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo demo-small test test-slow check bench clean
+.PHONY: demo demo-small test test-slow check bench bench-align clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gyro demo
@@ -27,6 +27,9 @@ check: $(VENV)/.installed-check
 
 bench: $(VENV)/.installed-check
 	$(BIN)/python benchmarks/loss.py
+
+bench-align: $(VENV)/.installed-check
+	$(BIN)/python benchmarks/align.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

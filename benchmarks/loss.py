@@ -2,7 +2,9 @@
 
     python benchmarks/loss.py                    (or `make bench`; about 12 minutes on 2 cores)
     python benchmarks/loss.py --heads demo 135m  (2 of them)
-    python benchmarks/loss.py --write            (also docs/benchmarks/loss.md and its plot)
+    python benchmarks/loss.py --write            (into docs/benchmarks instead of build/benchmarks)
+
+The tables and a plot of cost against size are written as loss.md and loss_scaling.svg; the path is printed.
 
 One measurement is a forward and a backward pass: from hidden states, head weight and targets to gradients.
 The floor is the bare matrix products of the same inputs: z = h w^T, dh = dz w and dw = dz^T h, and z a second
@@ -36,7 +38,8 @@ from loss_tables import MIB, Result, cells, machine, markdown, terminal
 from loss_worker import First, Worker
 from rich.console import Console
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+_ROOT = Path(__file__).parents[1]
+DOCS, BUILD = _ROOT / "docs" / "benchmarks", _ROOT / "build" / "benchmarks"
 
 
 class Plan(NamedTuple):
@@ -177,13 +180,13 @@ def report_head(plan: Plan, threads: int, console: Console) -> str:
 
 HEADER = """# The loss, measured
 
-Written by `benchmarks/loss.py --write`, whose first lines say how to read it. Ratios are to the floor of
+Written by `benchmarks/loss.py`, whose first lines say how to read it. Ratios are to the floor of
 three products; wherever there are two, the first is of the minima over rounds, the second of the medians.
 """
 
 
 def main() -> None:
-    """Measure, print, and write if asked."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,10 +195,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--no-scaling", action="store_true", help="leave the sweeps over T and V out")
     parser.add_argument("--small", action="store_true", help="tiny shapes: do all of this, measure nothing")
-    parser.add_argument("--write", type=Path, nargs="?", const=DOCS, metavar="FOLDER", help="write loss.md")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=DOCS, metavar="FOLDER", help="where to (docs/benchmarks)"
+    )
     options = parser.parse_args()
     if options.write and (options.heads or options.no_scaling):
         parser.error("--write takes all heads and the sweeps")
+    folder: Path = options.write or BUILD
     torch.set_num_threads(options.threads)
     plans = SMALL if options.small else PLANS
     console = Console(width=max(150, Console().width), log_path=False)
@@ -206,10 +212,10 @@ def main() -> None:
         parts.append(report_head(plan, options.threads, console))
     if not options.no_scaling:
         sweep = SMALL_SCALING if options.small else Sweep()
-        parts.append(scaling(sweep, options.threads, console, options.write))
-    if options.write:
-        options.write.mkdir(parents=True, exist_ok=True)
-        (options.write / "loss.md").write_text("\n".join(parts), encoding="utf-8")
+        parts.append(scaling(sweep, options.threads, console, folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "loss.md").write_text("\n".join(parts), encoding="utf-8")
+    console.print(f"written: {folder / 'loss.md'}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

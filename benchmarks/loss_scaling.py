@@ -95,8 +95,8 @@ def sweep_axis(heads: list[tuple[int, Head]], rounds: int, threads: int) -> list
     return list(lines.values())
 
 
-def scaling(sweep: Sweep, threads: int, console: Console, folder: Path | None) -> str:
-    """Measure both axes, print the fits, draw the plot if there is a folder; returns the Markdown."""
+def scaling(sweep: Sweep, threads: int, console: Console, folder: Path) -> str:
+    """Measure both axes, print the fits, draw the plot into a folder; returns the Markdown."""
     found = {}
     for axis, heads in sweep.heads().items():
         console.log(f"cost against {axis}")
@@ -104,9 +104,8 @@ def scaling(sweep: Sweep, threads: int, console: Console, folder: Path | None) -
     rows = [_row(axis, line) for axis, lines in found.items() for line in lines]
     for row in rows:
         console.print(": ".join(row[:2]), *row[2:], sep="; ", markup=False)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(found, folder / PLOT)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(found, folder / PLOT)
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
         "## Cost against size, bf16\n\n"

@@ -5,11 +5,13 @@ Shape legend: none; there are no tensors here.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import statistics
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,12 +87,21 @@ def markdown(title: str, rows: Sequence[Sequence[str]], lines: Sequence[str]) ->
 def machine(device: str = "cpu") -> str:
     """What it runs on, now."""
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}{_peers()}"
     if device == "cuda":
         return f"{today}: {torch.cuda.get_device_name()}, {versions}"
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load}"
     return f"{today}: {_processor()}, {threads}, {versions}"
+
+
+def _peers() -> str:
+    """Those that are installed of the packages measured beside us, and what they run on."""
+    found = []
+    for package in ("trl", "triton", "liger-kernel", "cut-cross-entropy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f", {package} {metadata.version(package)}")
+    return "".join(found)
 
 
 def _processor() -> str:

@@ -61,21 +61,21 @@ class Subject:
             self._set_up(self.head._replace(n_tokens=8, vocabulary=64))
             self._repetition()
             self.inputs, self.laps = None, []
-            _give_back()
-            self.at_rest = _resident_bytes("VmRSS")
+            give_back()
+            self.at_rest = resident_bytes("VmRSS")
         self._set_up(self.head)
 
     def first(self) -> First:
         """A repetition, watching memory. Everything above what the process was at rest is counted, so that
         what a backend keeps from one head to the next is charged every time."""
-        _give_back()
+        give_back()
         if self.at_rest is not None:
             Path("/proc/self/clear_refs").write_text("5")
         laps = self._repetition()
-        highest = _resident_bytes("VmHWM")
+        highest = resident_bytes("VmHWM")
         self._clear()
-        _give_back()
-        resting = _resident_bytes("VmRSS")
+        give_back()
+        resting = resident_bytes("VmRSS")
         if self.at_rest is None or highest is None or resting is None:
             return First(laps, None, None)
         h_TD, w_VD, target_T = self.inputs
@@ -120,7 +120,7 @@ class Subject:
             tensor.grad = None
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return what was freed to the system, so that it is not counted again."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -128,7 +128,7 @@ def _give_back() -> None:
         trim(0)
 
 
-def _resident_bytes(field: str) -> int | None:
+def resident_bytes(field: str) -> int | None:
     """A line of the process's status (VmRSS: now, VmHWM: at its highest), or None if it has none."""
     if not _STATUS.exists():
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -150,6 +151,24 @@ def test_writing_leaves_tables_and_plot_in_one_file(tmp_path: Path, monkeypatch:
     loss.main()
     titles = [line for line in (tmp_path / "new" / "loss.md").read_text().splitlines() if "## " in line]
     assert titles == [*(f"## {plan.head.title}" for plan in loss.PLANS.values()), "## in new"]
+
+
+def test_without_a_folder_they_are_built_and_the_path_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss, drawn = module("loss"), []
+    monkeypatch.setattr(loss, "report_head", lambda plan, threads, console: "## table\n")
+    monkeypatch.setattr(loss, "scaling", lambda sweep, threads, console, folder: drawn.append(folder) or "")
+    monkeypatch.setattr(loss, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(sys, "argv", ["loss.py"])
+    loss.main()
+    assert drawn == [tmp_path / "build"] and (tmp_path / "build" / "loss.md").is_file()
+    assert f"written: {tmp_path / 'build' / 'loss.md'}" in capsys.readouterr().out
+
+
+def test_versions_of_the_peers_are_stated() -> None:
+    machine = module("loss_tables").machine()
+    assert f"torch {torch.__version__}" in machine and f"trl {metadata.version('trl')}" in machine
 
 
 def test_writing_takes_everything(

@@ -19,22 +19,6 @@ from tiny_recipe import FinishedRun, write_recipe
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def gyro(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def record(run: FinishedRun) -> RunRecord:
     return RunRecord.model_validate_json((run.store / "runs" / "tiny" / "run.json").read_text())
 
@@ -238,8 +222,16 @@ def test_train_on_a_config_that_is_none(config: str, gyro: Run, tmp_path: Path) 
 @pytest.mark.parametrize("below", ["", "store"])
 def test_a_store_that_cannot_be_made(below: str, gyro: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    code, _, err = gyro("report", "--store", tmp_path / "file" / below)
+    recipe = write_recipe(tmp_path / "recipe")
+    code, _, err = gyro("run", recipe, "--store", tmp_path / "file" / below)
     assert code == 2 and "no store can be here" in err and "--store" in err
+
+
+def test_a_store_in_which_nothing_has_run(gyro: Run, tmp_path: Path) -> None:
+    code, _, err = gyro("report", "--store", tmp_path)
+    assert code == 2 and "nothing has run" in err
+    code, _, err = gyro("lineage", "model-123", "--store", tmp_path)
+    assert code == 2 and "model-123" in err
 
 
 # --- bad input: what, where, what to do; never a traceback ---
@@ -290,8 +282,8 @@ def test_a_mistake_names_file_and_line(gyro: Run, tmp_path: Path) -> None:
         (["run", "stdlib", "--variant", "smal"], "did you mean small"),
         (["score", "no/such/model", "x.txt"], "no such model"),
         (["generate", "no/such/model", "x"], "no such model"),
-        (["lineage", "model-123"], "model-123"),
-        (["report"], "nothing has run"),
+        (["lineage", "model-123"], "no store here"),
+        (["report"], "no store here"),
         (["train", "no/such/model", "x.jsonl"], "no/such/model"),
         (["generate", "m", "x", "--max-new-tokens", "0"], "from 1 up"),
         (["generate", "m", "x", "--top-p", "2"], "above 0 to 1"),

@@ -54,6 +54,20 @@ def test_the_id_is_of_the_content_and_where_it_came_from(tmp_path):
     assert len({base, *(variant.id for variant in variants)}) == 5
 
 
+def test_a_record_is_sealed_and_no_part_of_the_id(tmp_path):
+    ids = set()
+    for name in ("once", "again"):
+        with writing(tmp_path / name, "model") as draft:
+            (draft.path / "weights").write_text("1")
+            (draft.path / "log").write_text(f"it took {name}")
+            draft.records.add("log")
+        ids.add(draft.artifact.id)
+    assert len(ids) == 1 and read_artifact(tmp_path / "once").manifest.files["log"].record
+    (tmp_path / "once" / "log").write_text("it took otce")
+    with pytest.raises(DamagedArtifact, match="log was changed"):
+        read_artifact(tmp_path / "once")
+
+
 def test_the_id_is_pinned(tmp_path):
     # A change of this value would disown every artifact there is.
     assert (

@@ -1,6 +1,5 @@
 """Stores under several processes, and under a kill at every step of `create`."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,10 +10,7 @@ import pytest
 from gyrocompass.core.artifact import DocumentRow, read_artifact, writing
 from gyrocompass.core.folder import land, staging, sweep
 from gyrocompass.core.store import Store
-
-# The server is forked once, before any thread is started, and its children begin in milliseconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "alembic.command", "gyrocompass.core.store"])
+from processes import PROCESSES, run, run_together
 
 
 def create(store: Store, key: str, content: str) -> None:
@@ -25,22 +21,9 @@ def create(store: Store, key: str, content: str) -> None:
         draft.documents = [DocumentRow(f"d{n}", f"{n}.py", "s", "code") for n in range(20)]
 
 
-def run(target, *arguments) -> int:
-    process = PROCESSES.Process(target=target, args=arguments)
-    process.start()
-    process.join(60)
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def run_together(count, target, *arguments) -> None:
+def run_through_gate(count, target, *arguments) -> None:
     gate = PROCESSES.Barrier(count)
-    processes = [PROCESSES.Process(target=target, args=(gate, *arguments)) for _ in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * count
+    assert run_together([(target, gate, *arguments)] * count) == [0] * count
 
 
 def kill_at(step: int):
@@ -136,7 +119,7 @@ def create_at_once(gate, root: Path, url: str | None) -> None:
 
 def test_processes_may_create_the_same_artifact_at_once(tmp_path, store_url):
     root = tmp_path / "store"
-    run_together(3, create_at_once, root, store_url)
+    run_through_gate(3, create_at_once, root, store_url)
     store = Store(root, store_url)
     assert len(store.artifacts()) == 5
     assert all(summary.present for summary in store.artifacts())
@@ -149,7 +132,7 @@ def open_at_once(gate, root: Path, url: str | None) -> None:
 
 
 def test_processes_may_open_a_new_store_at_once(tmp_path, store_url):
-    run_together(4, open_at_once, tmp_path / "store", store_url)
+    run_through_gate(4, open_at_once, tmp_path / "store", store_url)
 
 
 def test_a_writer_that_lives_is_left_alone(tmp_path):

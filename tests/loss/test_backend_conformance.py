@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from direct_backend import direct_gradients, direct_sums, full_logits
+from direct_question import log_probs
 from direct_signal import tile_sizes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -21,10 +22,16 @@ DTYPES = ["f64 f64", "f32 f32", "bf16 bf16", "f16 f16", "bf16 f32", "f32 bf16"]
 SUM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Relative to the sum's own size; products of few terms, so that rounding is all that differs."""
 RESIDUAL_TOLERANCE = 6e-5
-"""Where bf16 logits are made of two rounded products: they are exact to 2^-18 of themselves."""
-GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Where bf16 logits are made of two rounded products (chunked, on AMX): exact to 2^-18 of themselves."""
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 """Of the norm of the error over the norm of the terms' magnitudes: where a gradient's terms cancel, what is
-left is no measure of how they were rounded."""
+left is no measure of how they were rounded. Sizes and slopes are random here: one bf16 number alone may be
+off by 4e-3, and the terms of one dz (a + b x + c e^x) may cancel before it is a term. With the slopes of real
+losses `test_error_bounds.py` asks for the promised 3e-3 and 1e-6."""
+AMX_TOLERANCE = 1e-2
+"""Where the products of a tile are rounded to bf16 before they are added up."""
+LOGPROB_NATS = {torch.float64: 1e-11, torch.float32: 5e-6}
+"""The promised bound, and 4 roundings of the log-probability itself, which are more where it is large."""
 
 
 @st.composite
@@ -139,7 +146,16 @@ def assert_same_choices(actual: Sums, expected: Sums, logits: Logits, asks: Asks
             assert len(set(row[there].tolist())) == int(there.sum())
 
 
-def assert_gradients(actual: Gradients, expected: Gradients, magnitudes: Gradients, logits: Logits) -> None:
+def assert_log_probs(actual: Sums, expected: Sums, picks: Picks, dtype: torch.dtype) -> None:
+    found_P, wanted_P = log_probs(actual, picks).double(), log_probs(expected, picks)
+    finite = wanted_P.isfinite()
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found_P[finite], wanted_P[finite], rtol=rounding, atol=LOGPROB_NATS[dtype])
+
+
+def assert_gradients(
+    actual: Gradients, expected: Gradients, magnitudes: Gradients, logits: Logits, *, residual: bool
+) -> None:
     dtypes = dict(
         zip(("dh_ND", "dw_VD", "dbias_V", "da_NR", "db_VR"), (tensor for tensor in logits[:5]), strict=True)
     )
@@ -153,6 +169,7 @@ def assert_gradients(actual: Gradients, expected: Gradients, magnitudes: Gradien
         error = float((found.double() - wanted).norm())
         # Products of bf16 inputs round dz to bf16 too.
         narrowest = max(GRADIENT_TOLERANCE[tensor.dtype] for tensor in logits.given)
+        narrowest = AMX_TOLERANCE if residual else narrowest
         info = torch.finfo(own.dtype)
         step = info.tiny * info.eps * wanted.numel() ** 0.5  # float16 rounds what is small to this
         size = float(getattr(magnitudes, name).norm())
@@ -184,15 +201,17 @@ def test_sums_and_gradients(backend: str, dtypes: str, data: st.DataObject) -> N
             return Slopes(*parts, slopes.pick_P[own])  # type: ignore[arg-type]
 
         fused_sums, fused_gradients = engine.fused(logits, picks, asks, slopes_of, needs)
-    residual = backend == "chunked" and dtypes == "bf16 bf16"
+    residual = backend == "chunked" and dtypes == "bf16 bf16" and torch.cpu._is_amx_tile_supported()
     tolerance = RESIDUAL_TOLERANCE if residual else SUM_TOLERANCE[logits.dtype]
     for found in (sums, fused_sums):
         assert_sums(found, expected, logits.dtype, tolerance)
         assert_same_choices(found, expected, logits, asks)
+        if not residual:
+            assert_log_probs(found, expected, picks, logits.dtype)
     wanted = direct_gradients(logits, picks, slopes, needs)
     magnitudes = direct_gradients(logits, picks, slopes, needs, magnitudes=True)
-    assert_gradients(gradients, wanted, magnitudes, logits)
-    assert_gradients(fused_gradients, wanted, magnitudes, logits)
+    for part in (gradients, fused_gradients):
+        assert_gradients(part, wanted, magnitudes, logits, residual=residual)
     assert [rows.start for rows, _ in seen] == [0, *(rows.stop for rows, _ in seen[:-1])][: len(seen)]
     if seen:
         assert seen[-1][0].stop == len(logits.h_ND) and seen[-1][1].stop == len(picks.row_P)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gyrocompass.core.errors import BadInput
-from gyrocompass.loss._ops import Inputs, Settings
+from gyrocompass.loss._ops import _N_FIELDS, Inputs, Settings
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
 
@@ -184,12 +184,11 @@ def test_the_operator_backward(
     inputs = make_inputs(n_tokens, dtype, extras=extras)
     with torch.no_grad():
         fields = FORWARD(*inputs, *settings)
-    n_fields = len(TokenLogProbs._fields)
     given = [
         torch.ones_like(field) if field.is_floating_point() else field.new_empty(0)
-        for field in fields[:n_fields]
+        for field in fields[:_N_FIELDS]
     ]
-    saved = [fields[2], fields[4], fields[8], *fields[n_fields:]]
+    saved = [fields[2], fields[4], fields[8], *fields[_N_FIELDS:]]
     arguments = (given, saved, list(needs), *inputs[:7], *settings)
     torch.library.opcheck(BACKWARD, arguments, test_utils=("test_schema", "test_faketensor"))
 

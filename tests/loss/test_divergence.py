@@ -359,9 +359,9 @@ def wrong_calls() -> dict[str, Callable[[Head, Head], Any]]:
         "the student has 11 tokens of vocabulary, the teacher 10": (
             lambda s, t: divergence(s, t._replace(w_VD=t.w_VD[:10]))
         ),
-        r"the teacher's hidden states \[6, 4\]": lambda s, t: divergence(s, t._replace(h_TD=s.h_TD)),
-        r"the student's bias is \[4\]": lambda s, t: divergence(s._replace(bias_V=s.h_TD[0]), t),
-        "the teacher's low_rank b": lambda s, t: divergence(s, t._replace(low_rank=(t.h_TD, s.w_VD))),
+        r"the teacher's h_TD \[6, 4\]": lambda s, t: divergence(s, t._replace(h_TD=s.h_TD)),
+        r"the student's bias_V is \[4\]": lambda s, t: divergence(s._replace(bias_V=s.h_TD[0]), t),
+        r"the teacher's low_rank\[1\]": lambda s, t: divergence(s, t._replace(low_rank=(t.h_TD, s.w_VD))),
         "the teacher's temperature is 0": lambda s, t: divergence(s, t._replace(temperature=0.0)),
         "the student's softcap is nan": lambda s, t: divergence(s._replace(softcap=math.nan), t),
         r"mask_T is \[6\] of torch.int64": lambda s, t: divergence(s, t, mask_T=torch.ones(6).long()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from direct_signal import ANSWERERS, Case, dtype_of, skip_if_refused, tile_sizes
@@ -114,15 +116,30 @@ def test_a_token_outside_the_range_is_named_with_its_position(backend: str, kind
 def test_what_does_not_fit_is_refused(backend: str) -> None:
     h_TD, w_VD, target_T = normal(4, 2), normal(7, 2), torch.zeros(4, dtype=torch.int64)
     refused = [
-        ({"h_TD": normal(4, 3)}, "do not fit"),
-        ({"h_TD": normal(2, 2, 2)}, "do not fit"),
+        ({"h_TD": normal(4, 3)}, r"h_TD \[4, 3\] and w_VD \[7, 2\] do not fit"),
+        ({"h_TD": normal(2, 2, 2)}, r"h_TD \[2, 2, 2\] .* do not fit"),
+        ({"h_TD": target_T[:, None], "w_VD": normal(7, 1)}, r"h_TD is \[4, 1\] of torch.int64"),
         ({"w_VD": normal(0, 2)}, "empty"),
-        ({"target_T": target_T[:3]}, "targets are"),
-        ({"target_T": target_T.int()}, "targets are"),
-        ({"bias_V": normal(6)}, "bias is"),
-        ({"candidate_TC": target_T}, "candidates are"),
+        ({"target_T": target_T[:3]}, r"target_T is \[3\] of torch.int64, not \[4\]"),
+        ({"target_T": target_T.int()}, r"target_T is \[4\] of torch.int32"),
+        ({"bias_V": normal(6)}, r"bias_V is \[6\]"),
+        ({"bias_V": torch.full((7,), -torch.inf)}, r"bias_V \[7\] is -inf throughout"),
+        ({"candidate_TC": target_T}, r"candidate_TC is \[4\] of torch.int64, not \[4, C\]"),
+        ({"candidate_TC": target_T[0]}, r"candidate_TC is \[\]"),
+        ({"seed_T": target_T[:1]}, r"seed_T is \[1\]"),
+        ({"low_rank": (normal(4, 3), None)}, r"low_rank is \(Tensor, NoneType\)"),
+        ({"low_rank": (normal(4, 3),)}, r"low_rank is \(Tensor\)"),
+        ({"low_rank": normal(2, 4, 3)}, "low_rank is Tensor"),
+        ({"low_rank": (normal(4, 3)[0, 0], normal(7, 3))}, r"low_rank\[0\] is \[\]"),
+        ({"low_rank": (normal(4, 3), normal(7, 2))}, r"low_rank\[1\] is \[7, 2\] of .*, not \[7, 3\]"),
+        ({"target_T": target_T.to("meta")}, r"devices: h_TD \[4, 2\] on cpu, .*, target_T \[4\] on meta"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"softcap": -1.0}, "softcap"),
+        ({"softcap": float("inf")}, "softcap is inf"),
+        ({"logit_scale": float("nan")}, "logit_scale is nan"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"n_top": 1.5}, "n_top is 1.5"),
         ({"want": ["entropi"]}, "did you mean entropy"),
         ({"backend": "chunkd"}, "did you mean chunked"),
     ]
@@ -187,6 +204,30 @@ def test_a_nan_reaches_the_loss_and_no_other_token(backend: str) -> None:
     h_TD[1, 0] = torch.nan
     answer = token_logprobs(h_TD, normal(5, 2), torch.tensor([0, 1, 2]), backend=backend)
     assert answer.logprob_T.isnan().tolist() == [False, True, False]
+
+
+SUPPORTS = [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+@pytest.mark.parametrize("where", ["hidden state", "head", "bias"])
+def test_a_nan_is_in_every_number_that_it_has_part_in(
+    backend: str, where: str, support: dict[str, Any], softcap: float | None
+) -> None:
+    """Of 40 tokens, so that it is neither first nor last of anything; nothing may pick another maximum."""
+    h_TD, w_VD, bias_V = normal(3, 2), normal(40, 2), normal(40)
+    bias_V[7] = -torch.inf
+    {"hidden state": h_TD[1], "head": w_VD[20], "bias": bias_V[20:21]}[where][0] = torch.nan
+    answer = token_logprobs(
+        h_TD, w_VD, torch.tensor([0, 1, 39]), bias_V=bias_V, softcap=softcap, backend=backend,
+        candidate_TC=torch.tensor([[2, 7]] * 3), n_top=2, **support,
+    )  # fmt: skip
+    wanted = [where != "hidden state" or token == 1 for token in range(3)]
+    for name, field in answer._asdict().items():
+        if field is not None and field.is_floating_point():
+            assert field.isnan().view(3, -1).all(1).tolist() == wanted, name
+            assert field.isnan().view(3, -1).any(1).tolist() == wanted, name
 
 
 def test_autocast_changes_nothing(backend: str) -> None:

@@ -8,93 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from direct_backend import direct_gradients, direct_sums, full_logits
+from direct_backend import direct_sums, full_logits
+from direct_question import EVERYTHING, Case, make
 from torch import Tensor
 
 from gyrocompass.loss import _native
 from gyrocompass.loss._native import NativeBackend, _build, status
 from gyrocompass.loss._noise import gumbel
 from gyrocompass.loss._question import Asks, LogitRule, Logits, Needs, Picks, Slopes, Sums
+from gyrocompass.loss.logprob import token_logprobs
 
 ENGINE = NativeBackend()
-EVERYTHING = Needs(True, True, True, True)
-GRADIENT_BOUND = {torch.bfloat16: 3e-3, torch.float32: 1e-6}
+DTYPES = [torch.bfloat16, torch.float32]
 needs_native = pytest.mark.skipif(not status().available, reason=status().reason)
-
-# Both sides of 16 lanes, of blocks of 256 tokens and of tiles of 256 tokens of vocabulary; deep and flat.
-SIZES = [
-    (300, 192, 5000),
-    (513, 31, 700),
-    (1, 1, 1),
-    (17, 7, 33),
-    (40, 2048, 300),
-    (257, 65, 257),
-    (5, 576, 4100),
-]
-
-
-class Case(NamedTuple):
-    logits: Logits
-    picks: Picks
-    asks: Asks
-    slopes: Slopes
-
-
-def make(size: tuple[int, int, int], dtype: torch.dtype, *, plain: bool) -> Case:
-    """A question: the bare cross-entropy, or with everything that can be asked."""
-    n_rows, width, vocabulary = size
-    generator = torch.Generator().manual_seed(sum(size))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    h_ND, w_VD = normal(n_rows, width).to(dtype), (normal(vocabulary, width) / width**0.5).to(dtype)
-    row_P = torch.arange(n_rows).repeat_interleave(1 if plain else 3)
-    picks = Picks(row_P, torch.randint(0 if plain else -1, vocabulary, row_P.shape, generator=generator))
-    logits, asks = Logits(h_ND, w_VD, None, None, None, LogitRule()), Asks()
-    if not plain:
-        bias_V = normal(vocabulary)
-        bias_V[::7] = -torch.inf
-        bias_V[vocabulary // 2] = 0.5
-        low_rank = normal(n_rows, 3).to(dtype), normal(vocabulary, 3).to(dtype)
-        logits = Logits(h_ND, w_VD, bias_V.to(dtype), *low_rank, LogitRule(30.0, 0.5, 0.7))
-        logits = logits._replace(floor_N=gap(logits, 0.2, 0.4))
-        seed_N = torch.randint(-(2**62), 2**62, (n_rows,), generator=generator)
-        asks = Asks(True, True, True, gap(logits, 0.5, 0.9), min(5, vocabulary), seed_N, 1000)
-    expected = direct_sums(logits, picks, asks)
-    top_N, exp_N = expected.top_N.float(), expected.exp_N.float().clamp(min=1.0)
-    weight_N = normal(n_rows)
-    if plain:
-        slopes = Slopes(top_N, weight_N / exp_N, None, None, None, -weight_N)
-    else:
-        parts = (
-            normal(n_rows) / exp_N,
-            normal(n_rows) / exp_N,
-            normal(n_rows) / exp_N,
-            normal(n_rows) / vocabulary,
-        )
-        slopes = Slopes(top_N, *parts, normal(len(row_P)))
-    return Case(logits, picks, asks, slopes)
-
-
-def gap(logits: Logits, low: float, high: float) -> Tensor:
-    """Per row a number between two quantiles and far from every logit: rounding decides nothing."""
-    z_NV = full_logits(logits)[0].sort(1).values
-    z_NV = z_NV[:, z_NV[0].isneginf().sum() :]
-    first, last = int(low * z_NV.shape[1]), int(high * z_NV.shape[1])
-    if last <= first + 1:
-        return (z_NV[:, 0] - 1).float()
-    widest_N1 = (z_NV[:, first + 1 : last] - z_NV[:, first : last - 1]).argmax(1, keepdim=True) + first
-    return ((z_NV.gather(1, widest_N1) + z_NV.gather(1, widest_N1 + 1)) / 2)[:, 0].float()
-
-
-def log_probs(sums: Sums, picks: Picks) -> Tensor:
-    """log p of the picks, from the sums."""
-    return sums.pick_P - sums.top_N[picks.row_P] - sums.exp_N.log()[picks.row_P]
 
 
 def all_tensors(case: Case) -> Iterator[Tensor]:
@@ -104,41 +33,7 @@ def all_tensors(case: Case) -> Iterator[Tensor]:
 
 
 @needs_native
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
-@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_errors_against_float64_are_within_the_bounds(
-    size: tuple[int, int, int], dtype: torch.dtype, plain: bool
-) -> None:
-    case = make(size, dtype, plain=plain)
-    assert ENGINE.refusal(case.logits) is None
-    sums = ENGINE.sums(case.logits, case.picks, case.asks)
-    expected = direct_sums(case.logits, case.picks, case.asks)
-    for name, wanted in expected._asdict().items():
-        found = getattr(sums, name)
-        assert (found is None) == (wanted is None), name
-        if wanted is None or name in ("drawn_N", "top_token_NK"):
-            continue
-        torch.testing.assert_close(
-            found.double(), wanted.double(), rtol=4e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    found_P, wanted_P = log_probs(sums, case.picks).double(), log_probs(expected, case.picks)
-    finite = wanted_P.isfinite()
-    assert torch.equal(finite, found_P.isfinite())
-    torch.testing.assert_close(found_P[finite], wanted_P[finite], rtol=0, atol=5e-6)
-    gradients = ENGINE.gradients(case.logits, case.picks, case.slopes, EVERYTHING)
-    for name, wanted in direct_gradients(case.logits, case.picks, case.slopes, EVERYTHING)._asdict().items():
-        found = getattr(gradients, name)
-        assert (found is None) == (wanted is None), name
-        if wanted is not None:
-            error, norm = float((found.double() - wanted).norm()), float(wanted.norm())
-            # One bf16 number alone is off by up to 4e-3, and here two roundings follow each other.
-            bound = 8e-3 if dtype == torch.bfloat16 and size[0] < 40 else GRADIENT_BOUND[dtype]
-            assert error <= bound * norm + 1e-7, (name, error / norm)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_choices_are_the_best_there_are(dtype: torch.dtype) -> None:
     """Draws and top lists, whatever rounding makes of near ties."""
     case = make((130, 24, 3000), dtype, plain=False)
@@ -164,16 +59,7 @@ def test_of_equal_logits_the_lower_token_comes_first() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
-def test_a_large_vocabulary_loses_nothing(dtype: torch.dtype) -> None:
-    case = make((40, 64, 128_256), dtype, plain=True)
-    expected = log_probs(direct_sums(case.logits, case.picks, case.asks), case.picks)
-    found = log_probs(ENGINE.sums(case.logits, case.picks, case.asks), case.picks)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_change_nothing(dtype: torch.dtype) -> None:
     """Bitwise: who computes a tile does not matter, and sums are added up in one order."""
     case = make((300, 48, 2000), dtype, plain=False)
@@ -297,11 +183,93 @@ def test_what_it_does_not_take_it_refuses() -> None:
     assert "CPU" in (ENGINE.refusal(Logits(elsewhere, elsewhere, None, None, None, LogitRule())) or "")
 
 
+def test_factors_without_columns_are_left_to_the_chunked_backend() -> None:
+    """Both end in a division by zero in the operators."""
+    h_ND, w_VD, target_N = torch.zeros(2, 0), torch.zeros(5, 0), torch.tensor([1, 4])
+    flat = Logits(h_ND, w_VD, None, None, None, LogitRule())
+    rankless = Logits(torch.zeros(2, 3), torch.zeros(5, 3), None, h_ND, w_VD, LogitRule())
+    for logits in (flat, rankless):
+        assert "at least one column" in (ENGINE.refusal(logits) or "")
+        h_ND, w_VD, _, a_NR, b_VR = (
+            part if part is None else part.requires_grad_() for part in logits[:5]
+        )  # fmt: skip
+        low_rank = None if a_NR is None else (a_NR, b_VR)
+        logprob_N = token_logprobs(h_ND, w_VD, target_N, low_rank=low_rank).logprob_T
+        assert logprob_N.tolist() == pytest.approx([-math.log(5)] * 2)
+        logprob_N.sum().backward()
+        assert h_ND.grad is not None and h_ND.grad.shape == h_ND.shape
+
+
 def tried(monkeypatch: pytest.MonkeyPatch, **environment: str) -> _build.Status:
     """What a process with this environment would find."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return _build._status.__wrapped__()
+
+
+class Operators:
+    """A library whose products work for some dtypes."""
+
+    def __init__(self, bf16: bool | str, float32: bool | str) -> None:
+        self.answers = {True: bf16, False: float32}
+
+    def works(self, bf16: bool) -> bool:
+        answer = self.answers[bf16]
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("bf16", "float32"), [(True, True), ("not on this ISA\nat f.cpp", True), (True, False), ("no", "no")]
+)
+def test_a_product_that_is_refused_or_wrong_costs_its_dtype_alone(
+    bf16: bool | str, float32: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_build, "_missing", lambda: None)
+    monkeypatch.setattr(_build, "_build", lambda *_: None)
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    monkeypatch.setattr(torch.ops, "gyrocompass_native", Operators(bf16, float32), raising=False)
+    found = _build._status.__wrapped__()
+    for dtype, works in ((torch.bfloat16, bf16), (torch.float32, float32)):
+        refusal = found.refusal(dtype)
+        assert (refusal is None) == (works is True)
+        if refusal is not None:
+            assert str(dtype).removeprefix("torch.") in refusal or not found.available
+            assert ("wrong answer" in refusal) == (works is False) and "f.cpp" not in refusal
+    assert found.available == (bf16 is True or float32 is True)
+
+
+FALLS_BACK = """
+import torch
+from gyrocompass.loss.logprob import token_logprobs
+def ask(dtype, **options):
+    zeros = torch.zeros(5, 3, dtype=dtype)
+    token_logprobs(zeros[:2], zeros, torch.tensor([1, 2]), **options)
+ask(torch.float64), ask(torch.float16), ask(torch.float32, backend="chunked")
+print("so far nothing", flush=True)
+ask(torch.float32), ask(torch.bfloat16), ask(torch.float32)
+"""
+
+
+@pytest.mark.parametrize(("switch", "n_lines"), [("1", 1), ("0", 0)])
+def test_falling_back_is_said_in_one_line(switch: str, n_lines: int) -> None:
+    """Once per process, and for inputs that the native backend would take."""
+    older = "torch.backends.cpu.get_cpu_capability = lambda: 'AVX2'"
+    program = f"import torch; {older}\n{FALLS_BACK}"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"GYRO_NATIVE": switch},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    first, *said = run.stdout.splitlines()
+    assert first == "so far nothing" and len(said) == n_lines
+    if said:
+        assert "chunked backend" in said[0] and "AVX-512" in said[0] and "GYRO_NATIVE=0" in said[0]
 
 
 needs_avx512 = pytest.mark.skipif(

@@ -26,6 +26,7 @@ from gyrocompass.loss.objective import Composite, parse_objectives
 from gyrocompass.loss.reduce import Gather, Normaliser, Reduction, Tally, normalise, one_process
 from gyrocompass.loss.registry import OBJECTIVES, objective
 from gyrocompass.loss.signal import IGNORE_INDEX, Batch, Terms, TokenLogProbs
+from processes import run_together
 
 WIDTH, VOCABULARY = 4, 9
 ENTRIES: list[Any] = [
@@ -302,7 +303,8 @@ def work_of_a_rank(rank: int, folder: str) -> None:
 
 
 def test_two_gloo_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work_of_a_rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [(work_of_a_rank, rank, str(tmp_path)) for rank in range(2)]
+    assert run_together(ranks) == [0, 0]
     window = make_batch(24, VOCABULARY, seed=6)
     for reduction in REDUCTIONS:
         expected = whole(window, reduction, 6, torch.float64)

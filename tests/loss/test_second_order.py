@@ -18,7 +18,7 @@ from test_chunked_memory import Largest
 from torch import Tensor
 
 from gyrocompass.loss._backends import BACKENDS
-from gyrocompass.loss._ops import Call, Inputs, Settings, _forward, _second
+from gyrocompass.loss._ops import _N_FIELDS, Call, Inputs, Settings, _forward, _second
 from gyrocompass.loss._question import Gradients, Needs
 from gyrocompass.loss._second import second
 from gyrocompass.loss.logprob import WANTS, token_logprobs
@@ -269,7 +269,7 @@ def test_the_operator_keeps_its_promises(rows: slice) -> None:
 
 def _parted(answer: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The fields, and what the pass back reads."""
-    fields = answer[: len(TokenLogProbs._fields)]
+    fields = answer[:_N_FIELDS]
     named = TokenLogProbs(*fields)
     assert named.entropy_T is not None and named.sum_sq_T is not None and named.top_token_TK is not None
     return fields, [named.entropy_T, named.sum_sq_T, named.top_token_TK, *answer[len(fields) :]]

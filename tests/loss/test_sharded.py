@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.logprob import WANTS, token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
+from processes import run_together
 
 V, D, R, T, C = 29, 6, 3, 17, 5
 """29 tokens: 15 and 14 on two ranks; 8, 8, 8 and 5 on four."""
@@ -251,8 +252,8 @@ def check_mistakes(mesh: DeviceMesh) -> None:
         ("sharded along the vocabulary", parts._replace(w_VD=copies), {}),
         ("sharded along the vocabulary", parts._replace(w_VD=by_width), {}),
         ("ranks without any", parts._replace(w_VD=few, **only_w), {}),
-        ("bias is placed", parts._replace(bias_V=distribute_tensor(given.bias_V, mesh, [Replicate()])), {}),
-        ("low_rank b is placed", parts._replace(b_VR=distribute_tensor(given.b_VR, mesh, [Shard(1)])), {}),
+        ("bias_V is placed", parts._replace(bias_V=distribute_tensor(given.bias_V, mesh, [Replicate()])), {}),
+        (r"low_rank\S+ is placed", parts._replace(b_VR=distribute_tensor(given.b_VR, mesh, [Shard(1)])), {}),
         ("one is a DTensor", parts._replace(bias_V=given.bias_V), {}),
         ("one is a DTensor", given._replace(bias_V=parts.bias_V), {}),
         ("only the head", parts._replace(h_TD=distribute_tensor(given.h_TD, mesh, [Replicate()])), {}),
@@ -300,7 +301,7 @@ def the_rest_of_a_rank(rank: int, ranks: int, folder: str) -> None:
 
 
 def on_ranks(ranks: int, work: Callable[..., None], folder: Path) -> None:
-    torch.multiprocessing.spawn(work, args=(ranks, str(folder)), nprocs=ranks)
+    assert run_together([(work, rank, ranks, str(folder)) for rank in range(ranks)]) == [0] * ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

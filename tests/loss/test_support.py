@@ -22,7 +22,7 @@ from torch import Tensor
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss import _chunked, _support
 from gyrocompass.loss._backends import BACKENDS
-from gyrocompass.loss._question import LogitRule, Logits
+from gyrocompass.loss._question import Gradients, LogitRule, Logits, Sums
 from gyrocompass.loss._support import support_floor
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
@@ -528,6 +528,23 @@ def test_a_scaled_loss_is_at_hand_too(backend: str) -> None:
             ours = gradients_of(objective(case.answer(backend, expect=objective)) * scale, case)
         assert counts.n["gradients"] == 0, scale
         assert_all_close(ours, [part * (scale / 3) for part in wanted], "f32", str(scale))
+
+
+def test_a_scaled_loss_copies_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's is as large as the head."""
+    case = make(dtype="f32")
+    places: list[int] = []
+    fused = _chunked.ChunkedBackend.fused
+
+    def watched(*arguments: Any) -> tuple[Sums, Gradients]:
+        sums, gradients = fused(*arguments)
+        assert gradients.dw_VD is not None
+        places.append(gradients.dw_VD.data_ptr())
+        return sums, gradients
+
+    monkeypatch.setattr(_chunked.ChunkedBackend, "fused", watched)
+    gradients = gradients_of(objective(case.answer("chunked", expect=objective)) * 3.0, case)
+    assert len(places) == 1 and places[0] in [part.data_ptr() for part in gradients]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

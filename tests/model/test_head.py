@@ -90,6 +90,33 @@ def test_packed_rows_are_each_sequence_alone_in_the_full_model(
     torch.testing.assert_close(mine, full, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "row", "shape"),
+    [
+        ([9, 9, 8, 9], 18, (4, 8)),
+        ([7, 12, 10], 14, (3, 11)),
+        ([15, 15], 14, (2, 14)),
+        ([9, 3, 9], 10, (2, 10)),
+    ],
+    ids=["pairs", "padding", "full", "mixed"],
+)
+def test_segments_have_rows_of_their_own_where_that_takes_no_more_positions(
+    lengths: list[int], row: int, shape: tuple[int, int]
+) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    shapes = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    batch = packed_batch(random_documents(2, lengths), row)
+    answers = []
+    for logprobs in (ours, theirs_alone):
+        logprob_T = logprobs(model, batch)
+        answers.append((logprob_T, *torch.autograd.grad(logprob_T.sum(), [*model.parameters()])))
+    assert shapes[0] == shape
+    torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-5)
+
+
 def test_every_known_architecture_is_tested() -> None:
     assert {ARCHITECTURES[name].get("model_type", name) for name in ARCHITECTURES} == set(KNOWN)
 
@@ -184,7 +211,8 @@ def test_the_head_is_the_parameter_itself() -> None:
 
 
 def test_an_unknown_architecture_is_refused_and_the_known_ones_are_listed() -> None:
-    model = tiny("llama")
+    """One that does something to its logits."""
+    model = tiny("cohere")
     model.config.model_type = "bloom"
     with pytest.raises(BadInput, match=r"'bloom'(.|\n)*gemma2(.|\n)*smollm3"):
         find_head(model)

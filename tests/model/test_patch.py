@@ -288,8 +288,37 @@ def test_a_head_cut_over_ranks_is_refused(process_group: None) -> None:
         model(**batch())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("whole_step", [False, True])
+def test_a_compiled_model_is_one_graph_and_a_promise(whole_step: bool) -> None:
+    """The decoder is the graph; loss and logits come after it, as ever."""
+    theirs, graphs, inputs = tiny("llama", num_hidden_layers=1), [], batch()
+
+    def counted(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    model: Any = patch(tiny("llama", num_hidden_layers=1))
+    called = (lambda **inputs: model(**inputs)) if whole_step else model
+    output = torch.compile(called, backend=counted)(**inputs)
+    assert isinstance(output.logits, LazyLogits) and not output.logits.computed
+    output.loss.backward()
+    wanted = loss_and_gradients(theirs, **inputs)
+    assert_same([output.loss.detach(), *(weight.grad for weight in model.parameters())], wanted)
+    torch.testing.assert_close(output.logits.values_now(), theirs(**inputs).logits, **TOLERANCE)
+    assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_model_cannot_be_all_one_graph() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="logits are a promise"):
+        torch.compile(patch(tiny("llama", num_hidden_layers=1)), backend="eager", fullgraph=True)(**batch())
+
+
 def test_what_cannot_be_patched_is_refused() -> None:
-    model: Any = tiny("llama")
+    model: Any = tiny("cohere")
     model.config.model_type = "bloom"
     with pytest.raises(BadInput, match="'bloom'"):
         patch(model)

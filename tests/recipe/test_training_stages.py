@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,20 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gyrocompass.core.artifact import MANIFEST
-from gyrocompass.core.errors import BadInput, DamagedArtifact
+from gyrocompass.core.errors import BadInput, DamagedArtifact, Interrupted
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.data.document import read_documents
 from gyrocompass.model.future_heads import attach_future_heads
-from gyrocompass.recipe.plan import Done, execute
+from gyrocompass.recipe.plan import Done, execute, order
 from gyrocompass.recipe.recipe import load_recipe, recipe_from
 from gyrocompass.recipe.run import read_run, run_recipe
 from gyrocompass.recipe.stage import Stage
 from gyrocompass.recipe.stages.corpus import PairsStage
 from gyrocompass.recipe.stages.model import ADAPTER, ImportedModelStage, open_model
 from gyrocompass.train.distributed import World
+from gyrocompass.train.metrics import read_metrics
 from tiny_recipe import FinishedRun
 
 SHORT = {"epochs": 1, "sequence_length": 64, "rows_per_step": 4}
@@ -142,6 +145,43 @@ def test_held_out_documents_are_not_trained_on(key: str, finished_run: FinishedR
     assert not any((store.root / "work").glob("*/checkpoints"))
 
 
+class InterruptedAt(Progress):
+    """Presses Ctrl-C when a training stage has taken so many steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(quiet=True)
+        self.left = step
+
+    def task(self, label: str, *arguments: Any, **options: Any) -> Any:
+        task = super().task(label, *arguments, **options)
+        if options.get("unit") == "step":
+            advance = task.advance
+
+            def counted(number: float = 1, **numbers: float) -> None:
+                advance(number, **numbers)
+                self.left -= 1
+                if self.left == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            task.advance = counted  # type: ignore[method-assign]
+        return task
+
+
+def test_an_interrupted_stage_makes_the_same_artifact(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Same work, same bytes, same id: what it took is recorded beside them."""
+    stages: dict[str, Stage] = dict(load_recipe(str(finished_run.recipe)).stages)
+    stages = {name: stages[name] for name in order(stages) if name not in ("fine_tuned", "completions")}
+    stages.pop("score_fine_tuned")
+    store = Store(tmp_path / "store")
+    with pytest.raises(Interrupted):
+        list(execute(stages, store, InterruptedAt(3), World()))
+    done = {done.name: done.artifact for done in execute(stages, store, Progress(quiet=True), World())}
+    whole = {stage.name: stage.artifact for stage in read_run(Store(finished_run.store), "tiny").stages}
+    assert {name: artifact.id for name, artifact in done.items()} == {name: whole[name] for name in done}
+    rows = read_metrics(done["pretrained"].path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all("tokens_per_second" in row for row in rows)
+
+
 def test_early_stopping_needs_held_out() -> None:
     train = {"kind": "train", "model": "m", "data": "d", **SHORT, "evaluate_every_steps": 2}
     with pytest.raises(BadInput, match="early_stopping needs held_out"):
@@ -163,7 +203,9 @@ def test_too_long_rows_are_noticed_before_anything_runs(
 def test_too_long_rows_for_an_imported_model(store: Store) -> None:
     stages = {
         **imported(made(store, "pretrained")),
-        "score": {"kind": "score", "model": "model", "data": ["model"], "sequence_length": 200},
+        "documents": {"kind": "documents", "sources": [{"files": {"path": str(Path(__file__))}}]},
+        "tokens": {"kind": "tokens", "documents": "documents", "tokenizer": "model"},
+        "score": {"kind": "score", "model": "model", "data": ["tokens"], "sequence_length": 200},
     }
     before = len(store.artifacts())
     with pytest.raises(BadInput, match="context is 128"):

@@ -23,6 +23,7 @@ from gyrocompass.core.store import Store
 from gyrocompass.data import mixture
 from gyrocompass.data.mixture import Sampler
 from gyrocompass.data.pack import Packed
+from gyrocompass.data.tokens import write_tokens
 from gyrocompass.loss.reduce import Normaliser, Reduced, normalise
 from gyrocompass.loss.signal import Batch
 from gyrocompass.model import score as model_score
@@ -321,6 +322,15 @@ def test_accounting_fails_for_a_manifest_that_counts_otherwise(
     changed = subject.data_artifact._replace(manifest=manifest.model_copy(update={"counts": counts}))
     finding = accounting(dataclasses.replace(subject, data_artifact=changed))
     assert finding.passed is False and f"{shown} (" in finding.look_at, finding
+
+
+def test_accounting_fails_for_a_document_that_is_there_twice(subject: Subject, tmp_path: Path) -> None:
+    rows = list(subject.data.rows())
+    write_tokens(tmp_path, [*rows, rows[0]])
+    finding = accounting(
+        dataclasses.replace(subject, data_artifact=subject.data_artifact._replace(path=tmp_path))
+    )
+    assert finding.passed is False and f"document {rows[0].document_id} (2 times)" in finding.look_at, finding
 
 
 def scaled_head(model: torch.nn.Module) -> Head:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 from safetensors.torch import load_file
 from test_loop import (
@@ -17,12 +18,12 @@ from test_loop import (
     assert_parameters_agree,
     assert_same_run,
     config,
-    run_on_ranks,
     run_program,
     trained,
 )
 from tiny_run import tiny_data, tiny_model
 
+import processes
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import BadInput, ConfigError, Interrupted
 from gyrocompass.data.mixture import Sampler
@@ -88,7 +89,9 @@ def test_micro_batches_change_neither_parameters_nor_weights(blend: str, tmp_pat
 def test_two_ranks_take_the_same_decisions_as_one_process(blend: str, tmp_path: Path) -> None:
     settings_ = blended(blend, rows_per_step=5, rows_per_micro_batch=2)
     one, _ = trained(tmp_path / "one", settings_)
-    assert run_on_ranks(2, tmp_path / "two", settings_, "--no-dropout") == 0
+    (tmp_path / "two").mkdir()
+    arguments = [str(tmp_path / "two"), settings_.model_dump_json(), "--no-dropout"]
+    assert processes.run_ranks(2, tiny_run.main, arguments) == [0, 0]
     two = load_file(tmp_path / "two" / "result.safetensors")
     for name, parameter in one.named_parameters():
         torch.testing.assert_close(two[name], parameter.detach(), rtol=1e-10, atol=1e-12)

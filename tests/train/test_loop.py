@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_run import ARCHITECTURE, VOCABULARY, tiny_data, tiny_model
 
+import processes
 from gyrocompass.core.errors import BadInput, Interrupted, TrainingStopped
 from gyrocompass.data.mixture import Sampler, SamplerConfig
 from gyrocompass.data.tokens import TokenDataset, TokenRow
@@ -35,8 +39,6 @@ from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.metrics import read_metrics
 from gyrocompass.train.optim import MainParameters
-
-SCRIPT = Path(__file__).with_name("tiny_run.py")
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,9 @@ def test_micro_batches_change_nothing(rows: int, by: str, tmp_path_factory: pyte
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     settings_ = config(steps=4, rows_per_step=5, rows_per_micro_batch=2, evaluate_every_steps=2)
     one, outcome = trained(tmp_path / "one", settings_)
-    assert run_on_ranks(2, tmp_path / "two", settings_, "--no-dropout") == 0
+    (tmp_path / "two").mkdir()
+    arguments = [str(tmp_path / "two"), settings_.model_dump_json(), "--no-dropout"]
+    assert processes.run_ranks(2, tiny_run.main, arguments) == [0, 0]
     two = load_file(tmp_path / "two" / "result.safetensors")
     for name, parameter in one.named_parameters():
         torch.testing.assert_close(two[name], parameter.detach(), rtol=1e-10, atol=1e-12)
@@ -149,14 +153,13 @@ def test_the_logged_loss_is_the_objective_of_the_whole_window(tmp_path: Path) ->
 
 def run_program(folder: Path, settings_: TrainConfig, *options: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(SCRIPT), str(folder), settings_.model_dump_json(), *options]
-    return subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    return processes.run(tiny_run.main, [str(folder), settings_.model_dump_json(), *options])
 
 
-def run_on_ranks(ranks: int, folder: Path, settings_: TrainConfig, *options: str) -> int:
+def run_under_torchrun(ranks: int, folder: Path, settings_: TrainConfig, *options: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, str(SCRIPT), str(folder), settings_.model_dump_json(), *options]
+    command = [*launcher, tiny_run.__file__, str(folder), settings_.model_dump_json(), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, check=False, env=environment, capture_output=True).returncode
 
@@ -164,9 +167,9 @@ def run_on_ranks(ranks: int, folder: Path, settings_: TrainConfig, *options: str
 @pytest.mark.slow
 def test_two_killed_ranks_resume_bit_identical(tmp_path: Path) -> None:
     settings_ = config(**RESUME)
-    assert run_on_ranks(2, tmp_path / "whole", settings_) == 0
-    assert run_on_ranks(2, tmp_path / "killed", settings_, "--kill-at-step", "5") != 0
-    assert run_on_ranks(2, tmp_path / "killed", settings_) == 0
+    assert run_under_torchrun(2, tmp_path / "whole", settings_) == 0
+    assert run_under_torchrun(2, tmp_path / "killed", settings_, "--kill-at-step", "5") != 0
+    assert run_under_torchrun(2, tmp_path / "killed", settings_) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -189,33 +192,55 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert a_rows == b_rows
 
 
-def test_killed_runs_resume_bit_identical(tmp_path: Path) -> None:
-    """SIGKILL before a step and in the middle of writing a checkpoint, at places drawn anew each time."""
-    settings_ = config(**RESUME)
-    assert run_program(tmp_path / "whole", settings_) == 0
-    rng = random.Random()
-    kills = [("--kill-at-step", rng.randint(1, 5)), ("--kill-at-sync", rng.randint(1, 12))]
-    kills.append(("--kill-at-sync", rng.randint(8, 20)))
-    codes = [run_program(tmp_path / "killed", settings_, option, str(number)) for option, number in kills]
-    assert set(codes) <= {-signal.SIGKILL, 0} and codes[0] == -signal.SIGKILL, kills
-    assert run_program(tmp_path / "killed", settings_) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+# Each place lies well inside what is left of the 9 steps, so that the first two kills are certain.
+KILLS = st.one_of(
+    st.tuples(st.just("--kill-at-step"), st.integers(1, 4)),
+    st.tuples(st.just("--kill-at-sync"), st.integers(1, 10)),
+)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run that was not killed, in each precision."""
+
+    @functools.cache
+    def whole(precision: str) -> Path:
+        folder = tmp_path_factory.mktemp(precision)
+        assert run_program(folder, config(**RESUME | {"precision": precision})) == 0
+        return folder
+
+    return whole
+
+
+def check_kills(kills: list[tuple[str, int]], precision: str, whole: Path) -> None:
+    """SIGKILL before a step or in the middle of writing a checkpoint, again and again; then to the end."""
+    settings_ = config(**RESUME | {"precision": precision})
+    with tempfile.TemporaryDirectory() as scratch:
+        killed = Path(scratch)
+        codes = [run_program(killed, settings_, option, str(place)) for option, place in kills]
+        assert codes[:2] == [-signal.SIGKILL] * len(kills[:2]) and set(codes) <= {-signal.SIGKILL, 0}
+        assert run_program(killed, settings_) == 0
+        assert_same_run(killed, whole)
+
+
+@given(kills=st.lists(KILLS, min_size=1, max_size=3))
+@settings(deadline=None, max_examples=4)
+def test_killed_runs_resume_bit_identical(
+    kills: list[tuple[str, int]], whole_runs: Callable[[str], Path]
+) -> None:
+    check_kills(kills, "float32", whole_runs("float32"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_many_kills_resume_bit_identical(tmp_path: Path, seed: int) -> None:
-    precision = ["float32", "bf16", "bf16_autocast"][seed % 3]
-    settings_ = config(**RESUME | {"precision": precision})
-    assert run_program(tmp_path / "whole", settings_) == 0
-    rng = random.Random(seed)
-    # Each place lies well inside what is left of the 9 steps, so that the first two kills are certain.
-    last = {"--kill-at-step": 4, "--kill-at-sync": 10}
-    kills = [(option, rng.randint(1, last[option])) for option in rng.choices(sorted(last), k=4)]
-    codes = [run_program(tmp_path / "killed", settings_, option, str(place)) for option, place in kills]
-    assert codes[:2] == [-signal.SIGKILL] * 2, kills
-    assert run_program(tmp_path / "killed", settings_) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+@given(
+    kills=st.lists(KILLS, min_size=1, max_size=5),
+    precision=st.sampled_from(["float32", "bf16", "bf16_autocast"]),
+)
+@settings(deadline=None, max_examples=30)
+def test_many_kills_resume_bit_identical(
+    kills: list[tuple[str, int]], precision: str, whole_runs: Callable[[str], Path]
+) -> None:
+    check_kills(kills, precision, whole_runs(precision))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path: Path) -> None:
@@ -390,6 +415,26 @@ def test_a_poisonous_document_is_named_and_its_window_passed_over(tmp_path: Path
     assert "poison" in "".join(notes.said)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 71))
+
+
+class KilledAfterRewind(Notes):
+    """Ends the process, as far as Python can, at the first step after a rewind."""
+
+    def advance(self, number: float = 0, **numbers: Any) -> None:
+        if self.said and number > 0:
+            raise SystemExit("killed")
+
+
+def test_a_kill_after_a_rewind_counts_the_incident_once(tmp_path: Path) -> None:
+    settings_ = config(**GUARDED | {"steps": 48}, guard={"policy": "rewind", "spike_z": 8.0})
+    data = poisoned(settings_, window=45)
+    with pytest.raises(SystemExit):
+        progress: Any = KilledAfterRewind()
+        train(tiny_model(settings_, dropout=False), data, settings_, tmp_path, progress=progress)
+    outcome = train(tiny_model(settings_, dropout=False), data, settings_, tmp_path)
+    incidents = read_metrics(tmp_path / "incidents.jsonl")
+    assert [(row["window"], row["action"]) for row in incidents] == [(45, "rewind")]
+    assert outcome.skipped_windows == (45,)
 
 
 def test_policy_stop_ends_the_run_and_names_the_document(tmp_path: Path) -> None:

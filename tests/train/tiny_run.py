@@ -1,6 +1,6 @@
 """A tiny training run as a program, for tests that kill it or start it on several ranks.
 
-    python tiny_run.py FOLDER CONFIG_JSON [--kill-at-sync N | --kill-at-step N]
+    main([FOLDER, CONFIG_JSON, "--kill-at-sync", N])       or --kill-at-step N
 
 Trains a tiny Llama on made-up documents, on as many ranks as `torchrun` says, and writes everything that a
 resume must reproduce to FOLDER/result.safetensors and FOLDER/ledger.parquet. The kill options make the
@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +79,14 @@ def _kill_at(call: int, owner: object, name: str) -> None:
     setattr(owner, name, counted)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("config")
     parser.add_argument("--kill-at-sync", type=int)
     parser.add_argument("--kill-at-step", type=int)
     parser.add_argument("--no-dropout", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     config = TrainConfig.model_validate(json.loads(options.config))
     if options.kill_at_sync:
@@ -114,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -170,6 +170,8 @@ def _native() -> tuple[Native, Status]:
 def _native_problems(built: Status) -> Iterator[Problem]:
     """What keeps the native backend from being used."""
     compiler = os.environ.get("CXX")
+    for reason in built.refused.values():
+        yield Problem(reason, "the chunked backend takes this dtype: same numbers, slower", broken=False)
     if built.available:
         return
     if os.environ.get("GYRO_NATIVE") == "0":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 
 import torch
 from rich.console import Console
@@ -30,14 +29,14 @@ def generate(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.json:
-        print(json.dumps([completion._asdict() for completion in completions], indent=2))
+        print(json.dumps([completion._asdict() for completion in completions], indent=2, allow_nan=False))
         return 0
     console = Console(highlight=False, markup=False)
     for completion in completions:
         console.print(completion.prompt, style="dim")
         console.print(completion.text)
         n_tokens = len(completion.logprobs)
-        mean = sum(completion.logprobs) / n_tokens if n_tokens else math.nan
+        mean = -sum(completion.logprobs) / n_tokens
         console.print(
             f"-- {n_tokens} tokens, {mean:.3f} nats per token, ended by {completion.finish}\n", style="dim"
         )

@@ -12,6 +12,6 @@ from gyrocompass.core.store import Store
 
 def lineage(options: argparse.Namespace) -> int:
     """Print both ways as a tree."""
-    store = Store(options.store, options.store_url)
+    store = Store(options.store, options.store_url, make=False)
     Console().print(render(walk(store, options.id)))
     return 0

@@ -7,6 +7,7 @@ Nothing heavy is imported before a verb is chosen, so that `gyro --help` answers
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -39,6 +40,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        failure = _refused_by_disk(error)
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+def _refused_by_disk(error: Exception) -> GyroError | None:
+    """What a file or a full disk refused, as an error for users; None: a bug of ours."""
+    fix = "check that the place is there, writable and not full"
+    safetensors = sys.modules.get("safetensors")
+    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
+        # It names neither file nor errno: "I/O error: No space left on device (os error 28)".
+        return GyroError(f"weights cannot be written: {error}", fix=fix) if "os error" in str(error) else None
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.filename is None and error.errno not in _DISK_ERRORS:
+        return None
+    return GyroError(error.strerror or str(error), where=error.filename2 or error.filename, fix=fix)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""What a write says of its disk without naming the file."""
 
 
 def _load(verb: str) -> Callable[[argparse.Namespace], int]:
@@ -94,9 +119,9 @@ def _add_run(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_train(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "train", "train a model in Hugging Face format on files, scored before and after")
-    verb.add_argument("model", type=Path, help="a folder with config.json, safetensors and a tokenizer")
+    verb.add_argument("model", type=_path, help="a folder with config.json, safetensors and a tokenizer")
     verb.add_argument(
-        "data", type=Path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
+        "data", type=_path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
     )
     verb.add_argument("--out", type=Path, help="also write the trained model here, in Hugging Face format")
     _run_options(verb)
@@ -106,7 +131,7 @@ def _add_score(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "score", "print the log-probability of texts under a model, per slice")
     verb.add_argument("model", help="a model folder, or an artifact id")
     verb.add_argument(
-        "data", type=Path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
+        "data", type=_path, nargs="+", help="text, JSONL or Parquet files, folders, or saved datasets"
     )
     verb.add_argument("--tokens", action="store_true", help="print every token with its log-probability too")
     verb.add_argument(
@@ -156,6 +181,14 @@ def _add_doctor(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "doctor", "say what works on this machine, what does not, and what to do about it")
     verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     _store_options(verb)
+
+
+def _path(text: str) -> Path:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"the name {text!a} is not UTF-8: rename it") from error
+    return Path(text)
 
 
 def _at_least(least: int) -> Callable[[str], int]:

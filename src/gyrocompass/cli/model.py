@@ -22,7 +22,7 @@ def model_folder(options: argparse.Namespace) -> Path:
         raise BadInput(
             "there is no such model folder", where=path, fix="give a folder, or an id with --store"
         )
-    artifact = Store(options.store, options.store_url).open(options.model)
+    artifact = Store(options.store, options.store_url, make=False).open(options.model)
     if artifact.manifest.kind != "model":
         raise BadInput(
             f"{artifact.id} is of the kind {artifact.manifest.kind}, not a model", where=artifact.path

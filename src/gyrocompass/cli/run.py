@@ -29,32 +29,27 @@ def train(options: argparse.Namespace) -> int:
         check_free(options.out)
     status = _run(finetune_recipe(options.model, options.data, options.set), options)
     if options.out and not options.dry_run and _is_first_rank():
-        export_model(_store(options), options.out)
+        export_model(Store(options.store, options.store_url), options.out)
         Console(stderr=True).print(f"model written to {options.out}", highlight=False, soft_wrap=True)
     return status
 
 
 def report(options: argparse.Namespace) -> int:
     """The last run's table and HTML again."""
-    store = _store(options)
+    store = Store(options.store, options.store_url, make=False)
     show(read_run(store, options.recipe), store, Console())
     return 0
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:
-    store = _store(options)
-    if options.dry_run:
-        if _is_first_rank():
-            show_plan(recipe, store, Console())
-    else:
-        run_recipe(recipe, store, Console())
+    if not options.dry_run:
+        run_recipe(recipe, Store(options.store, options.store_url), Console())
+    elif _is_first_rank():
+        store = Store(options.store, options.store_url) if options.store.is_dir() else None
+        show_plan(recipe, store, Console())
     return 0
 
 
 def _is_first_rank() -> bool:
     """Whether this process writes and talks: under `torchrun`, one of several does."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _store(options: argparse.Namespace) -> Store:
-    return Store(options.store, options.store_url)

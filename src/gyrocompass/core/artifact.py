@@ -4,12 +4,13 @@
       manifest.json     kind, content hash, parents, recipe, code version, counts, every file's hash and size
       ...               the files
 
-    content_hash = sha256(canonical JSON of {kind, hash of each file, parents, recipe})
+    content_hash = sha256(canonical JSON of {kind, hash of each file that is no record, parents, recipe})
     id           = <kind>-<first 16 hex digits of content_hash>
 
 The same work on the same parents that gives the same bytes is the same artifact, whenever and wherever it
-was made: time, code version and counts are recorded, not hashed into the id. `seal` covers the manifest
-itself, so that a changed count is noticed too.
+was made: time, code version and counts are recorded, not hashed into the id, and so are the files that its
+maker calls records (logs with times and rates in them). `seal` covers the manifest itself, so that a changed
+count or record is noticed too.
 
 An artifact is written to a staged folder, synced and renamed (`folder.py`), its manifest last: a half-written
 artifact does not exist. Reading checks names and sizes always, and hashes unless told otherwise; whatever is
@@ -49,6 +50,8 @@ class FileEntry(Config):
 
     sha256: str
     bytes: int
+    record: bool = False
+    """Whether it says how the work went, not what came of it: it is no part of the artifact's id."""
 
 
 class Manifest(Config):
@@ -109,6 +112,8 @@ class Draft:
     parents: dict[str, ArtifactId]
     recipe: dict[str, Any]
     counts: dict[str, int | float] = field(default_factory=dict)
+    records: set[str] = field(default_factory=set)
+    """Files that are different each time the same work is done, since they hold times: no part of the id."""
     documents: Iterable[DocumentRow] | None = None
     """In a store: the documents the artifact holds. None says nothing about documents, and whatever the
     parents hold is taken to be used; an empty list says that it holds none."""
@@ -161,7 +166,7 @@ def writing(
 
 def seal(draft: Draft) -> Manifest:
     """Hash a draft's files, write its manifest and sync it all to the disk."""
-    files = {name: _entry(path) for name, path in _files(draft.path).items()}
+    files = {name: _entry(path, name in draft.records) for name, path in _files(draft.path).items()}
     manifest = Manifest(
         kind=draft.kind,
         content_hash=_content_hash(draft.kind, files, draft.parents, draft.recipe),
@@ -224,7 +229,7 @@ def _git(folder: Path, *arguments: str) -> str:
 def _content_hash(
     kind: str, files: Mapping[str, FileEntry], parents: Mapping[str, str], recipe: Mapping[str, Any]
 ) -> str:
-    hashes = {name: entry.sha256 for name, entry in files.items()}
+    hashes = {name: entry.sha256 for name, entry in files.items() if not entry.record}
     return config_hash({"kind": kind, "files": hashes, "parents": parents, "recipe": recipe})
 
 
@@ -274,7 +279,7 @@ def _check_file(path: Path, entry: FileEntry | None, *, present: bool, verify: b
         size = path.stat().st_size
         if size != entry.bytes:
             raise _damaged(path, f"the file {path.name} has {size} bytes where {entry.bytes} were written")
-        if verify and _entry(path) != entry:
+        if verify and _entry(path, entry.record) != entry:
             raise _damaged(path, f"the file {path.name} was changed after it was written")
     except OSError as error:
         raise _damaged(path, f"the file {path.name} cannot be read ({error.strerror})") from error
@@ -298,10 +303,10 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _entry(path: Path) -> FileEntry:
+def _entry(path: Path, record: bool) -> FileEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-        return FileEntry(sha256=digest.hexdigest(), bytes=file.tell())
+        return FileEntry(sha256=digest.hexdigest(), bytes=file.tell(), record=record)
 
 
 def _check_replaceable(target: Path) -> None:

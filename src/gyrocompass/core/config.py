@@ -7,9 +7,9 @@ A config model stands beside the class it configures and derives from `Config`. 
 reported at once, each on a line of its own with the file's line and the path of the key; an unknown key or
 choice names the nearest one that is known at that place.
 
-A check of a config's own raises ValueError, which pydantic collects and `parse` places. What is left
-out on purpose: environment variables, includes and interpolation. A recipe says what it means in one file,
-so that its hash says it too.
+A check of a config's own raises ValueError, which pydantic collects and `parse` places; `MistakesBelow` is
+one about keys further down. What is left out on purpose: environment variables, includes and interpolation.
+A recipe says what it means in one file, so that its hash says it too.
 """
 
 from __future__ import annotations
@@ -24,11 +24,20 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gyrocompass.core.config_errors import explain
+from gyrocompass.core.config_errors import MistakesBelow, explain, find_mistakes
 from gyrocompass.core.errors import ConfigError
 from gyrocompass.core.yaml_source import LoadedYaml, apply_overrides, load_yaml
 
-__all__ = ["Config", "LoadedYaml", "apply_overrides", "canonical_json", "config_hash", "load_yaml", "parse"]
+__all__ = [
+    "Config",
+    "LoadedYaml",
+    "MistakesBelow",
+    "apply_overrides",
+    "canonical_json",
+    "config_hash",
+    "load_yaml",
+    "parse",
+]
 
 
 class Config(BaseModel):
@@ -51,7 +60,8 @@ def parse(model: type[C], loaded: LoadedYaml | Mapping[str, Any], where: str | N
     Args:
         model: the config model, discriminated unions and nested models included.
         loaded: a loaded YAML file, or plain data.
-        where: what errors about plain data name as the place; a loaded file names itself.
+        where: what errors about plain data name as the place, such as the path of its key; a loaded file
+            names itself.
 
     Raises:
         ConfigError: with one line for each mistake, such as
@@ -62,12 +72,14 @@ def parse(model: type[C], loaded: LoadedYaml | Mapping[str, Any], where: str | N
     try:
         return model.model_validate(loaded.data)
     except ValidationError as error:
-        lines = explain(model, error, loaded)
+        mistakes = find_mistakes(model, error)
+    lines = explain(mistakes, loaded)
+    above = () if loaded.root is not None else tuple(loaded.where.split("."))
+    placed = [((*above, *path), message) for path, message in mistakes]
     if len(lines) == 1:
-        raise ConfigError(lines[0])
-    raise ConfigError(
-        "\n".join([f"{len(lines)} mistakes in {loaded.where}", *(f"  {line}" for line in lines)])
-    )
+        raise ConfigError(lines[0], mistakes=placed)
+    head = f"{len(lines)} mistakes in {loaded.where}"
+    raise ConfigError("\n".join([head, *(f"  {line}" for line in lines)]), mistakes=placed)
 
 
 def canonical_json(value: object) -> str:

@@ -8,7 +8,7 @@ model that stands there. An unknown key is compared with that model's keys, not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,14 @@ from gyrocompass.core.yaml_source import KeyPath, LoadedYaml
 _Schema = Mapping[str, Any]
 
 
+class MistakesBelow(ValueError):  # noqa: N818
+    """What a config's own check found wrong further down, each with the path from there to its key."""
+
+    def __init__(self, mistakes: Iterable[tuple[KeyPath, str]]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(_line(path, message) for path, message in self.mistakes))
+
+
 class _Trace(NamedTuple):
     """What a pydantic error location means: the path in the data, and the schema that stands at its end."""
 
@@ -27,14 +35,26 @@ class _Trace(NamedTuple):
     schema: _Schema | None
 
 
-def explain(model: type[BaseModel], error: ValidationError, loaded: LoadedYaml) -> list[str]:
-    """One line for each mistake: place, path of the key, what is wrong, what to write."""
-    lines: dict[str, None] = {}
+def find_mistakes(model: type[BaseModel], error: ValidationError) -> list[tuple[KeyPath, str]]:
+    """Each mistake once: the path of its key, and what is wrong and what to write there."""
+    found: dict[tuple[KeyPath, str], None] = {}
     for detail in error.errors(include_url=False):
         path, message = _message(model, detail)
-        shown = ".".join(path)
-        lines[f"{loaded.place(path)}: {shown + ': ' if shown else ''}{message}"] = None
-    return list(lines)
+        raised = detail.get("ctx", {}).get("error")
+        if isinstance(raised, MistakesBelow):
+            found |= {((*path, *below), said): None for below, said in raised.mistakes}
+        else:
+            found[path, message] = None
+    return list(found)
+
+
+def explain(mistakes: Iterable[tuple[KeyPath, str]], loaded: LoadedYaml) -> list[str]:
+    """One line for each mistake: place, path of the key, what is wrong, what to write."""
+    return [f"{loaded.place(path)}: {_line(path, message)}" for path, message in mistakes]
+
+
+def _line(path: KeyPath, message: str) -> str:
+    return ": ".join([*([".".join(path)] if path else []), message])
 
 
 def _message(model: type[BaseModel], detail: ErrorDetails) -> tuple[KeyPath, str]:

@@ -17,7 +17,7 @@ This module imports almost nothing, because every command line starts by importi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class GyroError(Exception):
@@ -58,7 +58,25 @@ class BadInput(GyroError):  # noqa: N818
 
 
 class ConfigError(BadInput):
-    """A recipe, another YAML file or an override is wrong."""
+    """A recipe, another YAML file or an override is wrong.
+
+    Args:
+        what: see `GyroError`.
+        where: see `GyroError`.
+        fix: see `GyroError`.
+        mistakes: the same one by one, each with the path of its key.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        fix: str | None = None,
+        mistakes: Sequence[tuple[tuple[str, ...], str]] = (),
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.mistakes = tuple(mistakes)
 
 
 class MissingDependency(BadInput):

@@ -5,6 +5,7 @@
     land(...)        one rename gives it its name
     sweep(parent)    removes what killed writers left behind
     locked(folder)   whether this process, and no other, works in a folder that stays
+    write_whole(...) the same for one file of text
 
 A staged folder is guarded by a lock file beside it, held with `flock` as long as its writer lives. The
 kernel drops the lock when a process dies, however it dies, so that a leftover is told from work in progress
@@ -96,6 +97,18 @@ def land(staged: Path, target: Path, *, replace: bool) -> bool:
         _sync_one(target.parent)
         sweep(target.parent)
         return True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text, in place of an older one, so that it is never seen half written."""
+    staged = path.with_name(f"{_STAGED}{secrets.token_hex(8)}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        _sync_one(staged)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    _sync_one(path.parent)
 
 
 def sweep(parent: Path) -> None:

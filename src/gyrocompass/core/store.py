@@ -68,15 +68,18 @@ class Store:
     Args:
         root: the store's folder; made if needed.
         url: the database; by default SQLite in the folder. `postgresql://...` needs the extra `postgres`.
+        make: whether a folder that is not there is made: who only reads need not.
 
     Raises:
-        BadInput: the folder cannot be made or read.
+        BadInput: the folder cannot be made or read, or is not there.
         GyroError: the database cannot be used; see `Database`.
     """
 
-    def __init__(self, root: Path, url: str | None = None) -> None:
+    def __init__(self, root: Path, url: str | None = None, *, make: bool = True) -> None:
         self.root = root.absolute()
         self._artifacts = self.root / "artifacts"
+        if not make and not self.root.is_dir():
+            raise BadInput("there is no store here", where=self.root, fix="name the one to read with --store")
         try:
             self._artifacts.mkdir(parents=True, exist_ok=True)
             sweep(self._artifacts)

@@ -9,8 +9,9 @@
 
     sources --read_sources--> Document | Quarantined | Skipped, one after the other
 
-A source that yields no document fails, and so does one with more than a set share of malformed records: a
-broken export should stop a run before it trains on what is left. The share is that of all its records.
+A record that two sources have in common is read once. A source that yields no document fails, and so does one
+with more than a set share of malformed records: a broken export should stop a run before it trains on what is
+left. The share is that of all its records. A file whose name is not UTF-8 is quarantined.
 
 `files` reads program and prose files whole, one document a file, and files of records by their suffix. Text
 is UTF-8; Windows line ends become plain ones. Hidden files and folders are left out, links to folders are not
@@ -67,6 +68,8 @@ TEXT_SUFFIXES = {".md", ".rst", ".tex", ".txt"}
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 PARQUET_SUFFIXES = (".parquet",)
 
+LISTED_TWICE = "listed twice, read before"
+
 
 class FilesSource(Labels):
     """Files and folders: program files and prose whole, files of records record by record."""
@@ -114,16 +117,18 @@ class Source(Config):
         return self
 
 
-def read_sources(sources: Iterable[Source], *, max_quarantined_share: float) -> Iterator[Record]:
-    """Read sources one after the other.
+def read_sources(sources: Iterable[Source], *, max_quarantined_share: float | None) -> Iterator[Record]:
+    """Read sources one after the other, and each record of a file once: listed again, it is skipped.
 
     Args:
         sources: what to read.
-        max_quarantined_share: of each source's records, 0 to 1.
+        max_quarantined_share: of each source's records, 0 to 1; None: whatever cannot be used is left out,
+            even where nothing else is there.
 
     Raises:
         BadInput: a source is missing, yields no document, or holds too many records that cannot be used.
     """
+    read: set[tuple[str, str]] = set()
     for source in sources:
         n_records, n_documents = 0, 0
         quarantined: list[Quarantined] = []
@@ -131,9 +136,16 @@ def read_sources(sources: Iterable[Source], *, max_quarantined_share: float) -> 
             n_records += 1
             if isinstance(record, Document):
                 n_documents += 1
+                place = os.path.abspath(record.path), record.content_hash  # noqa: PTH100  (a record's)
+                if place in read:
+                    yield Skipped(record.path, LISTED_TWICE, record.source)
+                    continue
+                read.add(place)
             elif isinstance(record, Quarantined):
                 quarantined.append(record)
             yield record
+        if max_quarantined_share is None:
+            continue
         if len(quarantined) > max_quarantined_share * n_records:
             raise _too_many(source, quarantined, n_records, max_quarantined_share)
         if not n_documents:
@@ -152,7 +164,7 @@ def fingerprint(source: Source) -> str:
         return fingerprint_stdlib()
     digest = hashlib.sha256()
     for path in _paths(source):
-        digest.update(f"{path.as_posix()}\0".encode())
+        digest.update(f"{path.as_posix()}\0".encode(errors="surrogateescape"))
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -184,12 +196,27 @@ def _read(source: Source) -> Iterator[Record]:
     elif source.datasets:
         name = source.datasets.name or source.datasets.path
         yield from read_dataset(Path(source.datasets.path), source.datasets.split, source.datasets, name)
-    elif source.jsonl:
+    elif source.jsonl or source.parquet:
+        options = source.jsonl or source.parquet
+        assert options
+        read = read_jsonl if source.jsonl else read_parquet
         for path in _paths(source):
-            yield from read_jsonl(path, source.jsonl, source.jsonl.name or source.jsonl.path)
-    elif source.parquet:
-        for path in _paths(source):
-            yield from read_parquet(path, source.parquet, source.parquet.name or source.parquet.path)
+            name = options.name or options.path
+            yield from [_unnamed(path, name)] if _is_unnamed(path) else read(path, options, name)
+
+
+def _is_unnamed(path: Path) -> bool:
+    """Whether the path is not UTF-8: Python holds its odd bytes as lone surrogates, which are no text."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _unnamed(path: Path, source: str) -> Quarantined:
+    shown = path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return Quarantined(shown, None, "the file's name is not UTF-8", "", source)
 
 
 def _read_files(config: FilesSource) -> Iterator[Record]:
@@ -199,7 +226,9 @@ def _read_files(config: FilesSource) -> Iterator[Record]:
         yield from read_dataset(Path(config.path), None, options, name)
         return
     for path in _matched(config.path, config.include):
-        if path.name.endswith(JSONL_SUFFIXES):
+        if _is_unnamed(path):
+            yield _unnamed(path, name)
+        elif path.name.endswith(JSONL_SUFFIXES):
             yield from read_jsonl(path, options, name)
         elif path.name.endswith(PARQUET_SUFFIXES):
             yield from read_parquet(path, options, name)

@@ -266,7 +266,7 @@ class _Totals:
         if self.dw_VD is not None:
             self.dw_VD[columns] = sum_KW[:, : self.dw_VD.shape[1]]
         if self.db_VR is not None:
-            self.db_VR[columns] = sum_KW[:, -self.db_VR.shape[1] :]
+            self.db_VR[columns] = _last(sum_KW, self.db_VR)
 
     def rounded(self) -> Gradients:
         """The gradients, in the dtypes of their inputs."""
@@ -276,16 +276,19 @@ class _Totals:
         if dw_VD is None and needs.w and self.sum_VW is not None:
             dw_VD = self.sum_VW[:, :width].to(w_VD.dtype)
         if db_VR is None and b_VR is not None and needs.low_rank and self.sum_VW is not None:
-            db_VR = self.sum_VW[:, -b_VR.shape[1] :].to(b_VR.dtype)
+            db_VR = _last(self.sum_VW, b_VR).to(b_VR.dtype)
         return Gradients(
             dh_ND=self.dh_NW[:, :width].to(h_ND.dtype) if needs.h else None,
             dw_VD=dw_VD,
             dbias_V=None if self.dbias_V is None or bias_V is None else self.dbias_V.to(bias_V.dtype),
-            da_NR=self.dh_NW[:, -a_NR.shape[1] :].to(a_NR.dtype)
-            if needs.low_rank and a_NR is not None
-            else None,
+            da_NR=_last(self.dh_NW, a_NR).to(a_NR.dtype) if needs.low_rank and a_NR is not None else None,
             db_VR=db_VR,
         )
+
+
+def _last(columns: Tensor, like: Tensor) -> Tensor:
+    """The last columns, as many as another tensor has (perhaps none)."""
+    return columns[:, columns.shape[1] - like.shape[1] :]
 
 
 def _to_gradient(tiles: Tiles, tile: Tile, slopes: Slopes, spare: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class _Expected(torch.autograd.Function):
         if factor is None:
             found = call.back(scale, given, _needs(ctx.needs_input_grad))
         else:
-            found = at_hand if factor == 1.0 else _scaled(at_hand, factor)
+            found = at_hand if factor == 1.0 else _scale(at_hand, factor)
         spread = (call.spread(found.dh_ND), found.dw_VD, found.dbias_V, call.spread(found.da_NR), found.db_VR)
         wanted = ctx.needs_input_grad[:5]
         return *(part if need else None for part, need in zip(spread, wanted, strict=True)), None, None, None
@@ -190,5 +190,6 @@ def _common_factor(given: TokenLogProbs, expected: dict[str, Tensor]) -> float |
     return float(factor) if fits else None
 
 
-def _scaled(gradients: Gradients, factor: float) -> Gradients:
-    return Gradients(*(None if part is None else part * factor for part in gradients))
+def _scale(gradients: Gradients, factor: float) -> Gradients:
+    """In place: nobody else holds them."""
+    return Gradients(*(None if part is None else part.mul_(factor) for part in gradients))

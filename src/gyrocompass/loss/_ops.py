@@ -17,7 +17,7 @@ C candidates per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,8 @@ from gyrocompass.loss._sharded import Sharded
 from gyrocompass.loss._support import support_floor
 from gyrocompass.loss.signal import TokenLogProbs
 
-_N_FIELDS = len(TokenLogProbs._fields)
+_N_FIELDS = TokenLogProbs._fields.index("scalar_T")
+"""What the head alone answers; the fields from there on are the model's."""
 _N_GIVEN = 7
 """Tensors that the pass back is given: those of `Inputs`, but seeds."""
 
@@ -85,6 +86,8 @@ class Call:
         logits = Logits(self.rows(h_TD), w_VD, bias_V, None if a_TR is None else self.rows(a_TR), b_VR, rule)
         self.backend = _backend(logits, settings)
         vocabulary = int(self.total(torch.tensor(len(w_VD), device=h_TD.device)))
+        if bias_V is not None and not self.total(bias_V.isneginf().logical_not().sum()):
+            raise BadInput(f"bias_V [{vocabulary}] is -inf throughout: no token is left in the vocabulary")
         _check_range("target", target_T, counted_T, vocabulary)
         if settings.n_top > vocabulary:
             raise BadInput(f"n_top is {settings.n_top}; the vocabulary has {vocabulary} tokens")
@@ -165,7 +168,7 @@ def _check_range(kind: str, token: Tensor, counted: Tensor, vocabulary: int) -> 
         value = int(token[tuple(first)])
         raise BadInput(
             f"{kind} {value} is outside the vocabulary of {vocabulary} tokens",
-            where=f"position {position} ({int(outside.sum())} such in all)",
+            where=f"position {position} of {list(token.shape)} ({int(outside.sum())} such in all)",
             fix="does the tokenizer belong to this model? Positions to skip take the ignore_index",
         )
 
@@ -206,7 +209,10 @@ def _forward(
         call = Call(inputs, settings)
         answer, scale = call.run()
         floor_N = call.question.logits.floor_N
-        return [call.spread(found) for found in (*answer, scale.top_N, scale.exp_N, scale.count_N, floor_N)]
+        return [
+            call.spread(found)
+            for found in (*answer[:_N_FIELDS], scale.top_N, scale.exp_N, scale.count_N, floor_N)
+        ]
 
 
 @_forward.register_fake
@@ -353,14 +359,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7], *saved)
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, gradients: list[Tensor | None], back: Callable[..., Sequence[Tensor]] = _backward
+) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     given, saved = tensors[:7], tensors[7:]
     needs_h, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
     like = given[0]
     fields = [like.new_empty(0) if gradient is None else gradient for gradient in gradients[:_N_FIELDS]]
     # The statistics are the inputs' own functions: a second derivative goes through the inputs alone.
-    found = _backward(
+    found = back(
         fields,
         [tensor.detach() for tensor in saved],
         [needs_h, needs_w, needs_bias, needs_a or needs_b],
@@ -421,7 +429,7 @@ def _second(
             *(h_TD.new_empty(0) if part is None else part.contiguous() for part in parts),
             *(
                 torch.zeros_like(given) if tangent is None or not given.numel() else call.spread(tangent)
-                for given, tangent in zip(gradients, tangents, strict=True)
+                for given, tangent in zip(gradients, tangents[:_N_FIELDS], strict=True)
             ),
         ]
 
@@ -441,14 +449,19 @@ class _NotAgain(torch.autograd.Function):
     """The identity, of which a derivative is refused."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(tensor: Tensor) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        raise RuntimeError(
-            "token_logprobs has first and second derivatives; only backend='reference' has a third one"
-        )
+        raise RuntimeError(NO_THIRD)
+
+
+NO_THIRD = "token_logprobs has first and second derivatives; only backend='reference' has a third one"
 
 
 def _without_none(parts: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -492,16 +505,23 @@ def _wanted(parts: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | Non
 
 
 def _differentiate_again(ctx: Any, along: list[Tensor | None]) -> tuple[Any, ...]:
-    again, of_gradients, of_given = _again(ctx), ctx.needs_input_grad[0], ctx.needs_input_grad[3:8]
+    of_fields, of_tensors = _second_of(ctx, along, ctx.needs_input_grad[0], ctx.needs_input_grad[3:8])
+    n_saved = len(ctx.saved_tensors) - _N_FIELDS - _N_GIVEN
+    return (of_fields, [None] * n_saved, None, *of_tensors, *[None] * (_N_GIVEN - 5 + len(ctx.plain)))
+
+
+def _second_of(
+    ctx: Any,
+    along: list[Tensor | None],
+    of_gradients: Sequence[bool],
+    of_given: Sequence[bool],
+    second_op: Callable[..., Sequence[Tensor]] = _second,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The derivatives of what backward answers: of the fields' gradients, and of the first five given."""
+    again = _again(ctx)
     needs = [*of_given[:3], of_given[3] or of_given[4]]
-    found = _second(_without_none(along, again.given[0]), *again.refusing(needs, ctx.plain))
-    return (
-        _wanted(found[5:], of_gradients),
-        [None] * len(again.saved),
-        None,
-        *_wanted(found[:5], of_given),
-        *[None] * (_N_GIVEN - 5 + len(ctx.plain)),
-    )
+    found = second_op(_without_none(along, again.given[0]), *again.refusing(needs, ctx.plain))
+    return _wanted(found[5:], of_gradients), _wanted(found[:5], of_given)
 
 
 def _transpose(ctx: Any, back: list[Tensor | None]) -> tuple[Any, ...]:
@@ -527,9 +547,12 @@ _backward.register_autograd(_differentiate_again, setup_context=_setup_again)
 _second.register_autograd(_transpose, setup_context=_setup_second)
 
 
-def token_logprobs_op(inputs: Inputs, settings: Settings) -> TokenLogProbs:
-    """Call the operator: checked shapes in, differentiable fields out."""
-    fields = TokenLogProbs(*_forward(*inputs, *settings)[:_N_FIELDS])
+def token_logprobs_op(
+    inputs: Inputs, settings: Settings, forward: Callable[[Inputs, Settings], Sequence[Tensor]] | None = None
+) -> TokenLogProbs:
+    """Call the operator, or what stands for it: checked shapes in, differentiable fields out."""
+    found = _forward(*inputs, *settings) if forward is None else forward(inputs, settings)
+    fields = TokenLogProbs(*found[:_N_FIELDS])
     want = settings.want.split(",")
     return fields._replace(
         entropy_T=fields.entropy_T if "entropy" in want else None,

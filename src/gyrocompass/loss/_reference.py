@@ -27,7 +27,8 @@ def reference(question: Question, top_k: int = 0, top_p: float = 1.0) -> TokenLo
     """
     target_N, candidate_NC, want = question.target_N, question.candidate_NC, question.want
     z_NV, allowed_NV = _logits(question.logits)
-    allowed_NV = allowed_NV & _support(z_NV.detach(), top_k, top_p)
+    if top_k or top_p < 1.0:
+        allowed_NV = allowed_NV & _support(z_NV.detach(), top_k, top_p)
     z_NV = z_NV.masked_fill(~allowed_NV, -torch.inf)
 
     # Relative to the largest logit (a constant that cancels), huge logits cost no precision.
@@ -79,7 +80,9 @@ def _logits(logits: Logits) -> tuple[Tensor, Tensor]:
 
 
 def _support(z_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """What is left by top-k, then by top-p of the rest, [N, V]; what equals the last one inside is in."""
+    """What is left by top-k, then by top-p of the rest, [N, V]; what equals the last one inside is in.
+
+    A NaN is in too, so that its row has no numbers."""
     ordered = z_NV.sort(dim=1, descending=True)
     if top_k and top_k < z_NV.shape[1]:
         ordered_NV = ordered.values.clone()
@@ -92,7 +95,7 @@ def _support(z_NV: Tensor, top_k: int, top_p: float) -> Tensor:
         is_in_NV &= p_NV.cumsum(dim=1) - p_NV < top_p
     is_in_NV[:, :1] = True
     last_N1 = ordered_NV.gather(1, is_in_NV.sum(dim=1, keepdim=True) - 1)
-    return z_NV >= last_N1
+    return ~(z_NV < last_N1)
 
 
 def _draw(z_NV: Tensor, seed_N: Tensor) -> Tensor:

@@ -180,18 +180,18 @@ def _check_head(name: str, head: Head) -> None:
     if isinstance(w_VD, DTensor):
         raise BadInput(f"the {name}'s head is cut over ranks, which divergences do not take")
     if h_TD.dim() != 2 or w_VD.dim() != 2 or h_TD.shape[1] != w_VD.shape[1]:
-        shapes = f"hidden states {list(h_TD.shape)} and head weight {list(w_VD.shape)}"
+        shapes = f"h_TD {list(h_TD.shape)} and w_VD {list(w_VD.shape)}"
         raise BadInput(f"the {name}'s {shapes} do not fit", fix="give [T, D] and [V, D]")
     if len(w_VD) == 0:
         raise BadInput(f"the {name}'s vocabulary is empty")
     a_TR, b_VR = low_rank or (None, None)
     rank = None if a_TR is None else a_TR.shape[-1]
     expected = {
-        "hidden states": (h_TD, h_TD.shape),
-        "head weight": (w_VD, w_VD.shape),
-        "bias": (bias_V, (len(w_VD),)),
-        "low_rank a": (a_TR, (len(h_TD), rank)),
-        "low_rank b": (b_VR, (len(w_VD), rank)),
+        "h_TD": (h_TD, h_TD.shape),
+        "w_VD": (w_VD, w_VD.shape),
+        "bias_V": (bias_V, (len(w_VD),)),
+        "low_rank[0]": (a_TR, (len(h_TD), rank)),
+        "low_rank[1]": (b_VR, (len(w_VD), rank)),
     }
     for part, (tensor, shape) in expected.items():
         if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):

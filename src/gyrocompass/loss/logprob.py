@@ -15,8 +15,9 @@ R rank of a low-rank addition to the head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.loss._backends import BACKENDS
 from gyrocompass.loss._expected import expected
+from gyrocompass.loss._functional import check_no_tangent, functional_forward, under_transform
 from gyrocompass.loss._ops import Call, Inputs, Settings, token_logprobs_op
 from gyrocompass.loss._reference import reference
 from gyrocompass.loss._sharded import on_any_rank
@@ -105,7 +107,8 @@ def token_logprobs(
     Raises:
         BadInput: shapes, dtypes or devices that do not fit, a number out of its range, a name in `want` or a
             backend that does not exist, a backend that cannot take the inputs, a target or candidate outside
-            the vocabulary, with `check_finite` a NaN or an infinity (the position and the value are named).
+            the vocabulary, a bias that leaves no token in it, a forward-mode derivative, with `check_finite`
+            a NaN or an infinity (the position and the value are named).
 
     >>> h, w = torch.zeros(3, 4), torch.zeros(8, 4)
     >>> signal = token_logprobs(h, w, torch.tensor([1, -100, 7]), want=["entropy"])
@@ -113,8 +116,8 @@ def token_logprobs(
     [-2.0794, 0.0, -2.0794]
     """
     shard = _local_shard(w_VD)
-    a_TR, b_VR = low_rank or (None, None)
-    bias_V, b_VR = _local("bias", bias_V, w_VD), _local("low_rank b", b_VR, w_VD)
+    a_TR, b_VR = _pair(low_rank)
+    bias_V, b_VR = _local("bias_V", bias_V, w_VD), _local("low_rank[1]", b_VR, w_VD)
     w_VD = shard.w_VD
     inputs = Inputs(h_TD, w_VD, bias_V, a_TR, b_VR, target_T, candidate_TC, seed_T)
     _check_tensors(inputs)
@@ -137,6 +140,9 @@ def token_logprobs(
     _check_settings(settings, softcap, top_k, want)
     if backend == "reference":
         return _by_reference(inputs, settings)
+    check_no_tangent(inputs)
+    if under_transform():
+        return token_logprobs_op(inputs, settings, functional_forward)
     if expect is not None and not torch.compiler.is_compiling():
         answer = expected(inputs, settings, expect)
         if answer is not None:
@@ -177,14 +183,30 @@ def _local_shard(w_VD: Tensor) -> _Part:
     return _Part(w_VD.to_local(), mesh.get_group().group_name, sum(sizes[: mesh.get_local_rank()]))
 
 
+def _pair(low_rank: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both factors, or neither."""
+    if low_rank is None:
+        return None, None
+    if (
+        not isinstance(low_rank, (tuple, list))
+        or [isinstance(part, Tensor) for part in low_rank] != [True] * 2
+    ):
+        given = type(low_rank).__name__
+        if isinstance(low_rank, (tuple, list)):
+            given = f"({', '.join(type(part).__name__ for part in low_rank)})"
+        raise BadInput(f"low_rank is {given}, not a pair of tensors", fix="give a [T, R] and b [V, R]")
+    a_TR, b_VR = low_rank
+    return a_TR, b_VR
+
+
 def _local(name: str, tensor: Tensor | None, w_VD: Tensor) -> Tensor | None:
     """This rank's part of what has to be cut as the head's weight is."""
     if tensor is None or not (isinstance(tensor, DTensor) or isinstance(w_VD, DTensor)):
         return tensor
     if not isinstance(tensor, DTensor) or not isinstance(w_VD, DTensor):
-        raise BadInput(f"of {name} and head weight one is a DTensor and one is not")
+        raise BadInput(f"of {name} and w_VD one is a DTensor and one is not")
     if (tensor.device_mesh, tensor.placements) != (w_VD.device_mesh, w_VD.placements):
-        raise BadInput(f"{name} is placed as {tensor.placements}, the head weight as {w_VD.placements}")
+        raise BadInput(f"{name} is placed as {tensor.placements}, w_VD as {w_VD.placements}")
     return tensor.to_local()
 
 
@@ -196,35 +218,50 @@ def _check_tensors(inputs: Inputs) -> None:
             "only the head may be cut over ranks", fix="give hidden states and targets whole: full_tensor()"
         )
     if h_TD.dim() != 2 or w_VD.dim() != 2 or h_TD.shape[1] != w_VD.shape[1]:
-        shapes = f"hidden states {list(h_TD.shape)} and head weight {list(w_VD.shape)}"
         raise BadInput(
-            f"{shapes} do not fit", fix="give [T, D] and [V, D]; flatten the rows of a batch first"
+            f"h_TD {list(h_TD.shape)} and w_VD {list(w_VD.shape)} do not fit",
+            fix="give [T, D] and [V, D]; flatten the rows of a batch first",
         )
     n_tokens, vocabulary = h_TD.shape[0], w_VD.shape[0]
     if vocabulary == 0:
-        raise BadInput("the head's vocabulary is empty")
-    rank = None if a_TR is None else a_TR.shape[-1]
-    floats = {
-        "hidden states": (h_TD, h_TD.shape),
-        "head weight": (w_VD, w_VD.shape),
-        "bias": (bias_V, (vocabulary,)),
-        "low_rank a": (a_TR, (n_tokens, rank)),
-        "low_rank b": (b_VR, (vocabulary, rank)),
+        raise BadInput(f"the head's vocabulary is empty: w_VD is {list(w_VD.shape)}")
+    floating: dict[str, tuple[Tensor | None, list[Any]]] = {
+        "h_TD": (h_TD, [n_tokens, "D"]),
+        "w_VD": (w_VD, [vocabulary, "D"]),
+        "bias_V": (bias_V, [vocabulary]),
+        "low_rank[0]": (a_TR, [n_tokens, "R"]),
+        "low_rank[1]": (b_VR, [vocabulary, "R" if a_TR is None or a_TR.dim() != 2 else a_TR.shape[1]]),
     }
-    for name, (tensor, shape) in floats.items():
-        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
-            raise BadInput(f"{name} is {_given(tensor)}, not {list(shape)} of a floating dtype")
-    integers = {
-        "targets are": (target_T, [n_tokens]),
-        "candidates are": (candidate_TC, [n_tokens, "C" if candidate_TC is None else candidate_TC.shape[-1]]),
-        "seeds are": (seed_T, [n_tokens]),
+    for name, (tensor, sizes) in floating.items():
+        if tensor is not None and not (_fits(tensor, sizes) and tensor.is_floating_point()):
+            raise BadInput(f"{name} is {_given(tensor)}, not {_shape(sizes)} of a floating dtype")
+    integers: dict[str, tuple[Tensor | None, list[Any]]] = {
+        "target_T": (target_T, [n_tokens]),
+        "candidate_TC": (candidate_TC, [n_tokens, "C"]),
+        "seed_T": (seed_T, [n_tokens]),
     }
     for name, (tensor, sizes) in integers.items():
-        if tensor is not None and (list(tensor.shape) != sizes or tensor.dtype != torch.int64):
-            raise BadInput(f"{name} {_given(tensor)}, not {sizes} of torch.int64")
-    devices = {str(tensor.device) for tensor in inputs if tensor is not None}
-    if len(devices) > 1:
-        raise BadInput(f"the tensors are on different devices: {', '.join(sorted(devices))}")
+        if tensor is not None and not (_fits(tensor, sizes) and tensor.dtype == torch.int64):
+            raise BadInput(f"{name} is {_given(tensor)}, not {_shape(sizes)} of torch.int64")
+    given = {name: tensor for name, tensor in zip(_ARGUMENTS, inputs, strict=True) if tensor is not None}
+    if any(tensor.device != h_TD.device for tensor in given.values()):
+        places = [f"{name} {list(tensor.shape)} on {tensor.device}" for name, tensor in given.items()]
+        raise BadInput(f"the tensors are on different devices: {', '.join(places)}")
+
+
+_ARGUMENTS = ("h_TD", "w_VD", "bias_V", "low_rank[0]", "low_rank[1]", "target_T", "candidate_TC", "seed_T")
+"""The tensors of `Inputs` as the caller gave them."""
+
+
+def _fits(tensor: Tensor, sizes: list[Any]) -> bool:
+    """Whether a shape is as wanted; a letter is any size."""
+    return tensor.dim() == len(sizes) and all(
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, sizes, strict=True)
+    )
+
+
+def _shape(sizes: list[Any]) -> str:
+    return f"[{', '.join(str(size) for size in sizes)}]"
 
 
 def _given(tensor: Tensor) -> str:
@@ -235,18 +272,18 @@ def _check_settings(
     settings: Settings, softcap: float | None, top_k: int | None, want: Collection[str]
 ) -> None:
     """Raise BadInput unless the numbers make sense and the names exist."""
-    if not settings.temperature > 0:
-        raise BadInput(f"temperature is {settings.temperature}; it divides the logits and must be above 0")
-    if softcap is not None and not softcap > 0:
-        raise BadInput(f"softcap is {softcap}; it must be above 0", fix="give None for no softcap")
-    if not 0 < settings.logit_scale < float("inf"):
-        raise BadInput(f"logit_scale is {settings.logit_scale}; it must be above 0 and finite")
-    if top_k is not None and top_k < 1:
-        raise BadInput(f"top_k is {top_k}; it must be at least 1", fix="give None to keep every token")
+    numbers = {"temperature": settings.temperature, "logit_scale": settings.logit_scale, "softcap": softcap}
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            fix = "give None for no softcap" if name == "softcap" else None
+            raise BadInput(f"{name} is {number}; it must be above 0 and finite", fix=fix)
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        fix = "give None to keep every token"
+        raise BadInput(f"top_k is {top_k}; it must be a whole number, at least 1", fix=fix)
     if not 0 < settings.top_p <= 1:
         raise BadInput(f"top_p is {settings.top_p}; it must be above 0 and at most 1")
-    if settings.n_top < 0:
-        raise BadInput(f"n_top is {settings.n_top}; it must be 0 or more")
+    if not isinstance(settings.n_top, int) or settings.n_top < 0:
+        raise BadInput(f"n_top is {settings.n_top}; it must be a whole number, 0 or more")
     for name in want:
         if name not in WANTS:
             raise BadInput(f"unknown statistic {name!r} in `want`{did_you_mean(name, WANTS)}")

@@ -15,19 +15,23 @@ Left out on purpose: beam search, penalties, constrained output, streaming (the 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gyrocompass.core.errors import BadInput
+from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.data.document import Message
 from gyrocompass.data.encode import prompt_ids
 from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.model.fit import check_vocabulary
 from gyrocompass.model.head import causal_lm, context_length
 from gyrocompass.model.score import evaluating, scored_tokens
 
@@ -77,14 +81,18 @@ def generate(
         One completion per prompt, in order.
 
     Raises:
-        BadInput: a prompt is as long as the model's context or longer, or the chat template refuses it.
+        BadInput: a prompt is as long as the model's context or longer, has a token that is not in the model's
+            vocabulary, or the chat template refuses it.
+        GyroError: the model answers with a number that is not finite; prompt and token are named.
     """
     asked = [prompt_ids(tokenizer, [Message("user", text)] if chat else text) for text in prompts]
     sampling = _sampling(model, tokenizer, temperature, top_p)
+    ids = np.array([sampling["pad_token_id"] or 0, *chain(*asked)])
+    check_vocabulary(model, ids, "the prompts")
     written: dict[int, list[int]] = {}
     with evaluating(model), _seeded(model, seed):
         for room, batch in _batches(asked, context_length(model), max_new_tokens, rows):
-            answers = _continue(model, [asked[index] for index in batch], sampling, room)
+            answers = _continue(model, {index: asked[index] for index in batch}, sampling, room)
             written |= dict(zip(batch, answers, strict=True))
     logprobs = _teacher_forced(model, asked, [written[index] for index in range(len(prompts))], rows)
     return [
@@ -133,12 +141,12 @@ def _batches(
 
 @torch.no_grad()
 def _continue(
-    model: nn.Module, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], room: int
+    model: nn.Module, prompts: Mapping[int, Sequence[int]], sampling: dict[str, Any], room: int
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and with the first end-of-text token."""
-    longest = max(len(ids) for ids in prompts)
-    padded = [[sampling["pad_token_id"]] * (longest - len(ids)) + list(ids) for ids in prompts]
-    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    """The tokens that follow each prompt (by its number), up to and with the first end-of-text token."""
+    longest = max(len(ids) for ids in prompts.values())
+    padded = [[sampling["pad_token_id"]] * (longest - len(ids)) + list(ids) for ids in prompts.values()]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts.values()]
     device = next(model.parameters()).device
     lm = causal_lm(model)
     own_defaults, lm.generation_config = lm.generation_config, GenerationConfig()
@@ -147,10 +155,31 @@ def _continue(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=GenerationConfig(**sampling, max_new_tokens=room),
+            logits_processor=LogitsProcessorList([_NoNaN([*prompts], longest)]),
         )
     finally:
         lm.generation_config = own_defaults
     return [_until_end(row, sampling["eos_token_id"]) for row in answer[:, longest:].tolist()]
+
+
+class _NoNaN(LogitsProcessor):  # type: ignore[misc]
+    """Ends the work at the first token that cannot be chosen: no token is drawn from NaN."""
+
+    def __init__(self, prompts: Sequence[int], longest: int) -> None:
+        self.prompts, self.longest = prompts, longest
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row in scores.isnan().any(dim=1).nonzero()[:1].flatten().tolist():
+            raise _not_finite(math.nan, self.prompts[row], input_ids.shape[1] - self.longest)
+        return scores
+
+
+def _not_finite(value: float, prompt: int, token: int) -> GyroError:
+    return GyroError(
+        f"the log-probability of a token is {value}",
+        where=f"prompt {prompt}, token {token} of what follows it",
+        fix="the model's weights or its precision are at fault: score a text with `gyro score` to see where",
+    )
 
 
 def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
@@ -180,6 +209,8 @@ def _teacher_forced(
                 scored.index_K, scored.document_K, scored.logprob_K, strict=True
             ):
                 place = index - dataset.offset_D[document] - len(prompts[document])
+                if not math.isfinite(logprob):
+                    raise _not_finite(float(logprob), int(document), int(place))
                 logprobs[document][place] = float(logprob)
     return logprobs
 

@@ -4,13 +4,16 @@
 
 A causal model of `transformers` is a base model (tokens to hidden states, the final norm included) and a
 linear head. What it does to the head's output differs, and is not visible in the weights; `KNOWN` states it
-for each architecture, and a test compares each with the full model's logits. An architecture that is not in
-the table is refused: a forgotten softcap would give wrong numbers without any error.
+for each architecture, and a test compares each with the full model's logits. A model that is not in the table
+is asked (`probe.py`): if nothing is done to its head's output it is taken, else it is refused, for a
+forgotten softcap would give wrong numbers without any error.
 
-Rows are packed, so attention must stay inside a segment. Nothing is passed for that but the positions:
+Rows are packed, so attention must stay inside a segment. Where the segments fit into no more positions with
+a row for each, which pairs do whose sides are of about one length, they are read that way: causal attention
+needs no mask then, and a mask costs attention its fast path. Else nothing is passed but the positions:
 `transformers` derives the block-causal (and sliding-window) mask from their restarts, for every attention
-that takes a mask (`transformers.masking_utils.find_packed_sequence_indices`). A test holds it to that: a
-packed sequence has the log-probabilities that it has alone.
+that takes a mask (`transformers.masking_utils.find_packed_sequence_indices`). A test holds both to that: a
+packed sequence has the log-probabilities that it has alone. Models that are not in the table are asked too.
 
 LoRA on the head stays two thin matrices A and B beside it: the primitive adds (scaling * h A^T) B^T to h w^T
 and gives both their gradients, without the merged weight. Plain LoRA with one active adapter, that is; its
@@ -18,7 +21,8 @@ variants (DoRA and others) are refused.
 
 Left out on purpose: architectures with more than one head.
 
-Shape legend: B rows of L positions, T = B * L, D hidden width, V vocabulary, R rank of LoRA.
+Shape legend: B rows of L positions, T positions of the batch, S segments, D hidden width, V vocabulary,
+R rank of LoRA.
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.loss.signal import Batch
+from gyrocompass.model.probe import head_refusal, packing_refusal
 
 
 class LowRank(NamedTuple):
@@ -102,16 +108,18 @@ def find_head(model: nn.Module) -> Head:
     """Find a model's head: its weight and bias, and what is done to its output.
 
     Raises:
-        BadInput: the architecture is not known, or the head is not a plain linear layer, with or without
-            plain LoRA beside it (it is quantised, trained whole as one of `modules_to_save`, or has DoRA).
+        BadInput: the architecture is not known and does something to its head's output, or the head is not a
+            plain linear layer, with or without plain LoRA beside it (it is quantised, trained whole as one of
+            `modules_to_save`, or has DoRA).
     """
-    name = model_type(model)
-    if name not in KNOWN:
+    name, lm = model_type(model), causal_lm(model)
+    against = None if name in KNOWN else head_refusal(lm)
+    if against is not None:
         raise BadInput(
-            f"do not know where {name!r} keeps its head{did_you_mean(name, KNOWN)}",
+            f"do not know where {name!r} keeps its head{did_you_mean(name, KNOWN)}; {against}",
             fix=f"known architectures: {', '.join(KNOWN)}",
         )
-    head, low_rank = causal_lm(model).get_output_embeddings(), None
+    head, low_rank = lm.get_output_embeddings(), None
     if has_lora(head):
         head, low_rank = head.base_layer, _low_rank(head)
     if type(head) is not nn.Linear:
@@ -119,7 +127,7 @@ def find_head(model: nn.Module) -> Head:
             f"the head is a {type(head).__module__}.{type(head).__name__}, not one matrix",
             fix="leave lm_head out of modules_to_save, and do not quantise it",
         )
-    config, rule = _config(model), KNOWN[name]
+    config, rule = lm.config, KNOWN.get(name, _PLAIN)
     return Head(head.weight, head.bias, rule.softcap(config), rule.logit_scale(config), low_rank)
 
 
@@ -172,17 +180,54 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
             f"attention {attention!r} does not keep packed segments apart",
             fix=f"use one of {', '.join(ATTENTIONS)}",
         )
+    against = None if model_type(model) in KNOWN else packing_refusal(causal_lm(model))
+    if against is not None:
+        raise BadInput(
+            f"{model_type(model)!r} cannot be trained on packed rows: {against}",
+            fix=f"known architectures: {', '.join(KNOWN)}",
+        )
     context = context_length(model)
     if batch.length > context and int(batch.position_T.max()) >= context:
         longest = int(batch.position_T.max()) + 1
         raise BadInput(f"a segment of {longest} tokens is longer than the model's context of {context}")
+    rows = _rows(batch)
     answer = causal_lm(model).base_model(
-        input_ids=batch.token_T.view(-1, batch.length),
-        position_ids=batch.position_T.view(-1, batch.length),
+        input_ids=rows.token_BL,
+        position_ids=rows.position_BL,
         use_cache=False,  # with a cache, no mask would be derived from positions
     )
     h_BLD: Tensor = answer.last_hidden_state
-    return h_BLD.flatten(0, 1)
+    h_TD = h_BLD.flatten(0, 1)
+    return h_TD if rows.place_T is None else h_TD.index_select(0, rows.place_T)
+
+
+class _Rows(NamedTuple):
+    """A batch as the model reads it."""
+
+    token_BL: Tensor
+    position_BL: Tensor
+    place_T: Tensor | None = None
+    """Where each position of the batch went, flat; None: nowhere."""
+
+
+def _rows(batch: Batch) -> _Rows:
+    """A row for each segment, padded at its end to the longest, if that takes no more positions than the
+    packed rows; else these. Padding of the batch is given the first position's hidden states."""
+    packed = _Rows(batch.token_T.view(-1, batch.length), batch.position_T.view(-1, batch.length))
+    own_T = batch.segment_T >= 0
+    segments, longest = (
+        int(column_T.masked_fill(~own_T, -1).max()) + 1 for column_T in (batch.segment_T, batch.position_T)
+    )
+    needed = segments * longest
+    as_packed = longest == batch.length and bool(own_T.all())
+    if as_packed or not 0 < needed <= len(own_T):
+        return packed
+    place_T = torch.where(own_T, batch.segment_T * longest + batch.position_T, 0)
+    token_BL = batch.token_T.new_zeros(needed)
+    token_BL[place_T[own_T]] = batch.token_T[own_T]
+    position_L = torch.arange(longest, device=token_BL.device)
+    token_BL = token_BL.view(-1, longest)
+    return _Rows(token_BL, position_L.expand_as(token_BL), place_T)
 
 
 def causal_lm(model: nn.Module) -> Any:

@@ -16,6 +16,8 @@ replaced. The loss is that of `transformers`: labels shifted by one, -100 ignore
 
 Under an autocast the head is multiplied in the autocast's dtype, as it would be without the patch.
 
+`torch.compile` compiles the decoder; the loss, a promise of logits beside it, comes after the graph.
+
 Left out: `Trainer`'s `label_smoothing_factor`, which takes the labels away and asks for logits (right, but in
 full); heads that are not one whole matrix, with or without plain LoRA beside it (a head cut over ranks,
 DeepSpeed ZeRO-3); and a copy of a patched model, which is not patched until `patch` is called on it.
@@ -36,13 +38,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
-from gyrocompass.model.head import Head, causal_lm, find_head
+from gyrocompass.model.head import KNOWN, Head, causal_lm, find_head, model_type
 from gyrocompass.model.lazy_logits import LazyLogits
+from gyrocompass.model.probe import loss_refusal
 from gyrocompass.model.trl_head import as_autocast, replace_trl_kernel, restore_trl_kernel
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -59,20 +66,26 @@ def patch(model: AnyModel) -> AnyModel:
     (`trl_head.py`). Patching a patched model changes nothing.
 
     Args:
-        model: a causal LM of `transformers`, its architecture in `head.KNOWN`, or a `peft` model around one.
+        model: a causal LM of `transformers`, or a `peft` model around one. Its architecture is in
+            `head.KNOWN`, or it is asked, with a few tokens, whether it does anything to its head's output.
 
     Returns:
         The same model.
 
     Raises:
-        BadInput: the architecture is not known, its head is not one matrix, or it has a loss function of its
-            own.
+        BadInput: the architecture is not known and not plain, its head is not one matrix, or it has a loss
+            of its own.
     """
     find_head(model)
     lm = causal_lm(model)
     if lm.loss_function is not ForCausalLMLoss:
         name = getattr(lm.loss_function, "__name__", lm.loss_function)
         raise BadInput(f"the model has a loss function of its own, {name}", fix="patch a model without one")
+    against = None if model_type(model) in KNOWN else loss_refusal(lm)
+    if against is not None:
+        raise BadInput(
+            f"cannot patch {model_type(model)!r}: {against}", fix="patch a model with the usual loss"
+        )
     before = lm.forward
     buried = _BEFORE in vars(lm) and _function(before) is not type(lm).forward
     if not buried:  # neither outermost already, nor under what others have wrapped around it since
@@ -130,10 +143,12 @@ def _forward_of(architecture: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _asks_for_loss(given: dict[str, Any]) -> bool:
-    """Whether a call wants the loss over all positions, from this forward and not from TRL's around it."""
+    """Whether a call wants the loss over all positions, from this forward and not from TRL's around it, and
+    nothing with it (a loss of a mixture's routing)."""
     keep = given.get("logits_to_keep", 0)
     everything = isinstance(keep, int) and keep == 0
-    return given.get("labels") is not None and everything and not given.get("fused_lm_head", False)
+    more = given.get("fused_lm_head", False) or given.get("output_router_logits", False)
+    return given.get("labels") is not None and everything and not more
 
 
 def _forward_with_loss(
@@ -149,8 +164,22 @@ def _forward_with_loss(
 ) -> Any:
     """Decoder, loss, and an output of the kind that the architecture returns."""
     decoded = lm.base_model(**inputs, return_dict=True)
-    h_BLD = decoded.last_hidden_state
-    head = find_head(lm)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return _output(lm, decoded, shift_labels, ignore_index, num_items_in_batch, return_dict)
+
+
+@torch.compiler.disable(reason="a patched model's logits are a promise, which no graph can hold")  # type: ignore[untyped-decorator]
+def _output(
+    lm: Any,
+    decoded: Any,
+    target_BL: Tensor,
+    ignore_index: int,
+    n_targets: Tensor | int | None,
+    return_dict: bool | None,
+) -> Any:
+    """Loss and promised logits of decoded states; `torch.compile` ends its graph before it."""
+    h_BLD, head = decoded.last_hidden_state, find_head(lm)
     if isinstance(head.w_VD, DTensor):
         raise BadInput("the head is cut over ranks", fix="keep it whole: leave lm_head out of fully_shard")
     low_rank = head.low_rank_of(h_BLD)
@@ -158,15 +187,17 @@ def _forward_with_loss(
         low_rank = as_autocast(*low_rank, None)[:2]
     h_BLD, w_VD, bias_V = as_autocast(h_BLD, head.w_VD, head.bias_V)
     head = head._replace(w_VD=w_VD, bias_V=bias_V)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = _loss(h_BLD, low_rank, head, shift_labels.to(h_BLD.device), ignore_index, num_items_in_batch)
+    loss = _loss(h_BLD, low_rank, head, target_BL.to(h_BLD.device), ignore_index, n_targets)
     logits = LazyLogits.of(
         lambda: _logits(h_BLD, low_rank, head), (*h_BLD.shape[:-1], len(w_VD)), h_BLD.dtype, h_BLD.device
     )
     names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
     others = {name: getattr(decoded, name) for name in names if hasattr(decoded, name)}
-    kind = CausalLMOutputWithCrossAttentions if "cross_attentions" in others else CausalLMOutputWithPast
+    kind: Any = CausalLMOutputWithPast
+    if hasattr(decoded, "cross_attentions"):
+        kind = CausalLMOutputWithCrossAttentions
+    elif hasattr(decoded, "router_logits"):
+        kind = MoeCausalLMOutputWithPast
     output = kind(loss=loss, logits=logits, **others)
     as_dict = lm.config.return_dict if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()

@@ -180,22 +180,31 @@ def score_dataset(
     ledger = Ledger()
     with evaluating(model):
         for scored in scored_tokens(model, dataset, length, rows, documents=documents, autocast=autocast):
-            ledger.add_tokens(
-                {
-                    "slice": (dataset.slice_D[scored.document_K], dataset.slice_names),
-                    "source": (dataset.source_D[scored.document_K], dataset.source_names),
-                    "document": (scored.document_K, dataset.document_ids),
-                    "group": (scored.document_K, dataset.groups),
-                },
-                -scored.logprob_K,
-                weight_N=dataset.weight_N[scored.index_K],
-                byte_N=dataset.byte_N[scored.index_K],
-                top1_N=scored.rank_K == 0,
-                entropy_N=scored.entropy_K,
-            )
+            add_scored(ledger, dataset, scored)
             if on_tokens is not None:
                 on_tokens(len(scored.index_K))
     return ledger
+
+
+def add_scored(ledger: Ledger, dataset: TokenDataset, scored: ScoredTokens) -> None:
+    """Add a batch's tokens to a ledger under their slice, source, document and group.
+
+    Raises:
+        GyroError: a log-probability is NaN or infinite; its document is named.
+    """
+    ledger.add_tokens(
+        {
+            "slice": (dataset.slice_D[scored.document_K], dataset.slice_names),
+            "source": (dataset.source_D[scored.document_K], dataset.source_names),
+            "document": (scored.document_K, dataset.document_ids),
+            "group": (scored.document_K, dataset.groups),
+        },
+        -scored.logprob_K,
+        weight_N=dataset.weight_N[scored.index_K],
+        byte_N=dataset.byte_N[scored.index_K],
+        top1_N=scored.rank_K == 0,
+        entropy_N=scored.entropy_K,
+    )
 
 
 def scorer(model: nn.Module, tokenizer: Any, *, length: int, rows: int = 8, autocast: bool = False) -> Score:

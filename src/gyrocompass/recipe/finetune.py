@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,21 @@ def finetune_recipe(model: Path, data: Sequence[Path], overrides: Sequence[str])
 
 
 def check_free(target: Path) -> None:
-    """Refuse a folder for the trained model that is taken, before any work is done.
+    """Refuse a folder for the trained model that is taken or cannot be written, before any work is done.
 
     Raises:
-        BadInput: there is something at `target` already.
+        BadInput: there is something at `target` already, or nothing can be.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("there is something here already", where=target, fix="choose another --out")
+    try:
+        nearest = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"the model cannot be written here: {error.strerror}", where=target, fix="choose another --out"
+        ) from error
 
 
 def export_model(store: Store, target: Path) -> None:

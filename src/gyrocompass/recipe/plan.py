@@ -21,8 +21,9 @@ from gyrocompass.core.artifact import Artifact, Draft
 from gyrocompass.core.errors import ConfigError, did_you_mean
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
+from gyrocompass.model.fit import check_context
 from gyrocompass.recipe.stage import Stage, Workplace
-from gyrocompass.recipe.stages.model import ImportedModelStage, NewModelStage, check_context
+from gyrocompass.recipe.stages.model import ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.score import ScoreStage
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.train.distributed import World
@@ -50,11 +51,32 @@ class Done(NamedTuple):
     seconds: float
 
 
+def reference_mistakes(stages: Mapping[str, Stage]) -> list[tuple[tuple[str, ...], str]]:
+    """Every reference to a stage that is not there or makes something else, by the path of its key."""
+    mistakes: list[tuple[tuple[str, ...], str]] = []
+    for name, stage in stages.items():
+        marks = stage.reference_fields()
+        for role, reference in stage.references().items():
+            wanted = marks[role.partition(".")[0]].makes
+            fitting = [other for other, made in stages.items() if not wanted or made.makes in wanted]
+            if reference in fitting:
+                continue
+            what = f"there is no stage {reference!r}"
+            if reference in stages:
+                what = f"{reference} makes {stages[reference].makes}, and {wanted[0]} is needed here"
+            path = (name, *role.split("."))
+            mistakes.append((path, what + did_you_mean(reference, [n for n in fitting if n != name])))
+    return mistakes
+
+
 def order(stages: Mapping[str, Stage]) -> list[str]:
     """The names of the stages, inputs before what reads them, else as the recipe lists them.
 
+    Args:
+        stages: by name; every stage that one of them names is there.
+
     Raises:
-        ConfigError: a stage names one that is not there, or stages wait for each other.
+        ConfigError: stages wait for each other.
     """
     ordered: list[str] = []
     waiting: list[str] = []
@@ -66,11 +88,7 @@ def order(stages: Mapping[str, Stage]) -> list[str]:
             circle = " -> ".join([*waiting[waiting.index(name) :], name])
             raise ConfigError(f"stages wait for each other: {circle}", fix="take one of these references out")
         waiting.append(name)
-        for role, reference in stages[name].references().items():
-            if reference not in stages:
-                raise ConfigError(
-                    f"stages.{name}.{role}: there is no stage {reference!r}{did_you_mean(reference, stages)}"
-                )
+        for reference in stages[name].references().values():
             visit(reference)
         waiting.pop()
         ordered.append(name)
@@ -98,8 +116,8 @@ def check_lengths(stages: Mapping[str, Stage]) -> None:
             check_context(base.context, stage.sequence_length, f"stages.{name}")
 
 
-def plan(stages: Mapping[str, Stage], store: Store) -> list[Step]:
-    """Every stage in order, with its key and artifact where they are known."""
+def plan(stages: Mapping[str, Stage], store: Store | None) -> list[Step]:
+    """Every stage in order, with its key and artifact where they are known; without a store, none is."""
     check_lengths(stages)
     steps: dict[str, Step] = {}
     for name in order(stages):
@@ -108,7 +126,7 @@ def plan(stages: Mapping[str, Stage], store: Store) -> list[Step]:
         parents = {role: steps[reference].artifact for role, reference in references.items()}
         ids = {role: artifact.id for role, artifact in parents.items() if artifact is not None}
         key = stage.key(ids) if len(ids) == len(parents) else None
-        steps[name] = Step(name, stage, references, key, store.find(key) if key else None)
+        steps[name] = Step(name, stage, references, key, store.find(key) if key and store else None)
     return list(steps.values())
 
 

@@ -17,10 +17,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gyrocompass.core.config import Config, LoadedYaml, load_yaml, parse
+from gyrocompass.core.config import Config, LoadedYaml, MistakesBelow, load_yaml, parse
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
+from gyrocompass.recipe.plan import reference_mistakes
 from gyrocompass.recipe.stages.alignment import AlignmentStage
 from gyrocompass.recipe.stages.corpus import DocumentsStage, PairsStage, SplitStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
@@ -65,6 +66,13 @@ class Recipe(Config):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Named sets of overrides, path -> value: `small: {stages.pretrained.steps: 10}`."""
     stages: dict[str, AnyStage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Recipe:
+        mistakes = reference_mistakes(self.stages)
+        if mistakes:
+            raise MistakesBelow((("stages", *path), message) for path, message in mistakes)
+        return self
 
 
 BUILTIN = files("gyrocompass.recipe") / "builtin"

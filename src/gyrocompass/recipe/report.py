@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gyrocompass.core.artifact import Artifact
+from gyrocompass.core.folder import write_whole
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.store import Store
 from gyrocompass.measure.table import MEASURES, Measure, estimate, plain_table, print_fitting, with_interval
@@ -175,7 +176,7 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
         lineage=walk(store, last_model.artifact.id).artifact if last_model else None,
     )
     path = folder / REPORT
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 
@@ -237,7 +238,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("figure", "interval", "signed", "small", "count", "brief", "share", "seconds", "when")
+    names = ("figure", "interval", "signed", "small", "count", "counted", "brief", "share", "seconds", "when")
     environment.filters |= {name: getattr(fmt, name) for name in names}
     environment.filters |= {"visible": _visible}
     environment.globals |= {"estimate": estimate, "SCALE": fmt.SCALE, "DASH": fmt.DASH}

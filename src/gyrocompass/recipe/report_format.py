@@ -58,6 +58,15 @@ def count(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
+def counted(value: float | None, thing: str) -> str:
+    """How many of a thing there are, in words.
+
+    >>> counted(1, "group"), counted(1200, "group")
+    ('1 group', '1,200 groups')
+    """
+    return f"{count(value)} {thing}{'' if value == 1 else 's'}"
+
+
 def brief(value: float | None) -> str:
     """A large number in three digits.
 

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from gyrocompass.core.artifact import code_version
-from gyrocompass.core.errors import BadInput, did_you_mean
+from gyrocompass.core.errors import BadInput, DamagedArtifact, did_you_mean
+from gyrocompass.core.folder import write_whole
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.recipe.plan import Done, execute, plan
@@ -47,7 +49,7 @@ def run_recipe(recipe: Recipe, store: Store, console: Console) -> Path:
     folder = run_folder(store, recipe.name)
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+        write_whole(folder / RECORD, record.model_dump_json(indent=2))
         show(record, store, console)
     return folder / "report.html"
 
@@ -64,8 +66,8 @@ def show(record: RunRecord, store: Store, console: Console) -> None:
     )
 
 
-def show_plan(recipe: Recipe, store: Store, console: Console) -> None:
-    """Print what a run would do."""
+def show_plan(recipe: Recipe, store: Store | None, console: Console) -> None:
+    """Print what a run would do; without a store, everything."""
     for number, step in enumerate(plan(recipe.stages, store), 1):
         state = f"cached    {step.artifact.id}" if step.artifact else "will run"
         console.print(
@@ -78,6 +80,7 @@ def read_run(store: Store, name: str | None) -> RunRecord:
 
     Raises:
         BadInput: nothing has run in this store, or nothing of that name.
+        DamagedArtifact: the record is not one that a run wrote.
     """
     paths = sorted(store.root.glob(f"runs/*/{RECORD}"), key=lambda path: path.stat().st_mtime)
     if not paths:
@@ -86,7 +89,14 @@ def read_run(store: Store, name: str | None) -> RunRecord:
     if name is not None and name not in by_name:
         raise BadInput(f"no run of {name!r} in this store{did_you_mean(name, by_name)}", where=store.root)
     path = paths[-1] if name is None else by_name[name]
-    return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DamagedArtifact(
+            f"the record of the run cannot be read: {error.errors()[0]['msg']}",
+            where=path,
+            fix="run the recipe again: finished stages are reused, and the record is written anew",
+        ) from error
 
 
 def run_folder(store: Store, name: str) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar
 
 from gyrocompass.core.artifact import Artifact, Draft
 from gyrocompass.core.config import Config, config_hash
@@ -22,14 +22,26 @@ from gyrocompass.train.distributed import World
 from gyrocompass.train.metrics import MlflowConfig
 
 
-class _Reference:
-    """Marks a config field that names other stages."""
+@dataclass(frozen=True)
+class Reference:
+    """Marks a config field that names other stages, and says what they must make; none: anything."""
+
+    makes: tuple[str, ...] = ()
+    """Kinds of artifact, any of which will do."""
 
 
-REFERENCE: Final = _Reference()
-StageName = Annotated[str, REFERENCE]
-OptionalStageName = Annotated[str | None, REFERENCE]
-StageNames = Annotated[tuple[str, ...], REFERENCE]
+StageName = Annotated[str, Reference()]
+OptionalStageName = Annotated[str | None, Reference()]
+StageNames = Annotated[tuple[str, ...], Reference()]
+
+DocumentsName = Annotated[str, Reference(("documents",))]
+OptionalDocumentsName = Annotated[str | None, Reference(("documents",))]
+ModelName = Annotated[str, Reference(("model",))]
+OptionalModelName = Annotated[str | None, Reference(("model",))]
+TokenizerName = Annotated[str, Reference(("tokenizer", "model"))]  # a model's folder has its tokenizer in it
+TokensName = Annotated[str, Reference(("tokens",))]
+OptionalTokensName = Annotated[str | None, Reference(("tokens",))]
+TokensNames = Annotated[tuple[str, ...], Reference(("tokens",))]
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Stage(Config):
     def references(self) -> dict[str, str]:
         """For each role, the stage whose artifact is read: `data`, or `data.0`, `data.1` for a list."""
         found: dict[str, str] = {}
-        for field in self._reference_fields():
+        for field in self.reference_fields():
             value = getattr(self, field)
             if isinstance(value, str):
                 found[field] = value
@@ -90,7 +102,7 @@ class Stage(Config):
 
     def settings(self) -> dict[str, Any]:
         """The config without the names of other stages: what the manifest records and the key covers."""
-        return self.model_dump(mode="json", exclude=set(self._reference_fields()))
+        return self.model_dump(mode="json", exclude=set(self.reference_fields()))
 
     def key(self, parents: Mapping[str, str]) -> str:
         """The cache key, given the artifact id behind each role."""
@@ -103,5 +115,11 @@ class Stage(Config):
         return config_hash(content)
 
     @classmethod
-    def _reference_fields(cls) -> list[str]:
-        return [name for name, field in cls.model_fields.items() if REFERENCE in field.metadata]
+    def reference_fields(cls) -> dict[str, Reference]:
+        """The fields that name other stages, each with what those must make."""
+        return {
+            name: mark
+            for name, field in cls.model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, Reference)
+        }

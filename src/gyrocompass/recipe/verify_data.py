@@ -1,6 +1,7 @@
 """Checks of a stage's data: what it counts (law 2), and that nothing it is measured on is learned from.
 
-    accounting     the targets of one epoch of the sampler = those of the manifest, of each slice and document
+    accounting     the targets of one epoch of the sampler = those of the manifest, by slice and by document,
+                   and no document is there twice
     disjointness   no document, content or origin in both the training and the held-out data
 
 Two documents are the same if they have the same id or the same content hash; what a document was derived from
@@ -12,6 +13,7 @@ Shape legend: D documents, S slices, K counted tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -50,10 +52,17 @@ def accounting(subject: Subject) -> Finding:
     manifest = {name: int(count) for name, count in subject.data_artifact.manifest.counts.items()}
     wrong = _wrong_counts(dict(zip(data.slice_names, counted_S.tolist(), strict=True)), manifest)
     wrong_documents = np.flatnonzero(counted_D != _targets_by_document(data)).tolist()
-    named = [*wrong, *(f"document {data.document_ids[d]}" for d in wrong_documents[:3])]
+    times = Counter(data.document_ids)
+    twice = [name for name, n in times.items() if n > 1]
+    named = [
+        *wrong,
+        *(f"document {data.document_ids[d]}" for d in wrong_documents[:3]),
+        *(f"document {name} ({times[name]} times)" for name in twice[:3]),
+    ]
+    n_wrong = len(wrong) + len(wrong_documents) + len(twice)
     return Finding(
-        not wrong and not wrong_documents,
-        f"{int(counted_S.sum()):,} targets, {len(wrong) + len(wrong_documents)} wrong",
+        n_wrong == 0,
+        f"{int(counted_S.sum()):,} targets, {n_wrong} wrong",
         f"{manifest.get('targets', 0):,}, 0 wrong",
         f"in an epoch: the total, {len(counted_S)} slices and {len(counted_D):,} documents",
         f"counted otherwise than in the manifest of {subject.data_artifact.id}: {', '.join(named)}",

@@ -27,8 +27,9 @@ from gyrocompass.core.store import Store
 from gyrocompass.data.mixture import Sampler
 from gyrocompass.data.pack import Int64Array, Packed
 from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.lora import apply_lora
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.optim import MainParameters

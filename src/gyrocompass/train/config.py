@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from gyrocompass.core.config import Config
+from gyrocompass.core.config import Config, MistakesBelow
 from gyrocompass.core.errors import ConfigError
 from gyrocompass.data.curriculum import CurriculumConfig
 from gyrocompass.data.mixture import SamplerConfig
@@ -81,7 +81,14 @@ class TrainConfig(Config):
             if self.blend is not None:
                 self.blend.adapted(objective.names)
         except ConfigError as error:
-            raise ValueError(str(error)) from error
+            raise _placed(error) from error
         if self.blend and self.blend.doremi and self.reduction.by not in ("token", "constant"):
             raise ValueError("blend.doremi weighs tokens by slice: reduction.by has to be token or constant")
         return self
+
+
+def _placed(error: ConfigError) -> MistakesBelow:
+    """An objective's mistakes at the keys they stand at."""
+    at = tuple(error.where.split(".")) if error.where else ()
+    fix = f"\n  fix: {error.fix}" if error.fix else ""
+    return MistakesBelow(error.mistakes or [(at, error.what + fix)])

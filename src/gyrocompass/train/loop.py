@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -357,9 +357,7 @@ class _Run:
                 fix="look at these documents; drop them, lower the rate, or set guard.policy: rewind",
             )
         self.progress.note(f"{what}\n  going back to the last checkpoint and passing over this window")
-        skipped = self.skipped | {self.window}
-        self._resume()
-        self.skipped |= skipped
+        self._resume(passing_over=self.skipped | {self.window})
 
     def _alone(self, data: TokenDataset, document: int) -> Alone:
         """The NLL of a document's counted tokens with nothing packed beside it, or what is not finite."""
@@ -390,7 +388,7 @@ class _Run:
         checkpoint.save(self.folder, snapshot, self.main, self.optimizer, self.world, keep=keep)
         self.metrics.commit()
 
-    def _resume(self) -> bool:
+    def _resume(self, passing_over: Collection[int] = ()) -> bool:
         """Take over the newest whole checkpoint; False where there is none."""
         found = checkpoint.newest_whole(self.folder, self.progress.note) if self.world.is_first else None
         name = self.world.gather_json(found and found.name)[0]
@@ -400,7 +398,7 @@ class _Run:
         snapshot = checkpoint.load(path, self.main, self.optimizer, self.world, self.config_hash)
         state = snapshot.state
         self.step, self.ledger, self.window = snapshot.step, snapshot.ledger, state["window"]
-        self.skipped = set(state["skipped"])
+        self.skipped = {*state["skipped"], *passing_over}
         self.source.restore(state["source"])
         self.guard.restore(state["guard"])
         self.stopping.restore(state["stopping"])
@@ -411,6 +409,8 @@ class _Run:
         if self.world.is_first:
             self.metrics.cut(self.step)
             self.evaluations.cut(self.evaluated_step or 0)
+            # What stopped a window that is not passed over will stop it again.
+            self.incidents.keep(lambda row: row["window"] in self.skipped)
         return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,11 +65,18 @@ class MetricLog:
 
         Rows up to `step` that a kill kept from the tracker are told with the next commit.
         """
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self.keep(lambda row: row["step"] <= step)
+
+    def keep(self, stands: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the rows that do not stand any more."""
+        kept = [row for row in read_metrics(self.path) if stands(row)]
         self._uncommitted = []
         if self._tracker is not None:
             told = self._tracker.last_step()
             self._uncommitted = [row for row in kept if row["step"] > told]
+        if not kept:
+            self.path.unlink(missing_ok=True)  # as in a run that never wrote a row
+            return
         temporary = self.path.with_suffix(".cut")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)

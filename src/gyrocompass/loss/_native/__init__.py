@@ -59,14 +59,19 @@ class NativeBackend:
 
     def refusal(self, logits: Logits) -> str | None:
         """Why not, in a sentence; the C++ is built when the first inputs come that it could take."""
+        return self.unsuited(logits) or status().refusal(logits.h_ND.dtype)
+
+    def unsuited(self, logits: Logits) -> str | None:
+        """Why no machine would take these inputs natively, or None."""
         if any(tensor.device.type != "cpu" for tensor in logits.given):
             return "the native backend is for tensors on the CPU"
         factors = (logits.h_ND, logits.w_VD, logits.a_NR, logits.b_VR)
         dtypes = {tensor.dtype for tensor in factors if tensor is not None}
         if dtypes not in ({torch.bfloat16}, {torch.float32}) or logits.dtype != torch.float32:
             return "the native backend takes hidden states and head both in bfloat16, or both in float32"
-        built = status()
-        return None if built.available else built.reason
+        if any(tensor is not None and tensor.shape[1] == 0 for tensor in factors):
+            return "the native backend takes factors of at least one column"
+        return None
 
     def sums(self, logits: Logits, picks: Picks, asks: Asks) -> Sums:
         """One pass over the logits."""

@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ import torch
 _FOLDER = Path(__file__).parent
 _LIBRARY = "gyrocompass_native.so"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
+_DTYPES = (torch.bfloat16, torch.float32)
 _LAST_LINES = 20
 """Of what the compiler said, how much is kept."""
 
@@ -37,12 +40,19 @@ class Status(NamedTuple):
     """Whether there is a native backend in this process, and why not."""
 
     available: bool
+    """For one dtype at least."""
     reason: str
     """A sentence: why not, or where it is from."""
     detail: str = ""
     """What the compiler said last, if it failed."""
     path: Path | None = None
     """The library that is loaded."""
+    refused: Mapping[torch.dtype, str] = MappingProxyType({})
+    """Dtypes that it does not take although it is there, and why."""
+
+    def refusal(self, dtype: torch.dtype) -> str | None:
+        """Why it does not take bf16 or float32, or None if it does."""
+        return self.refused.get(dtype) if self.available else self.reason
 
 
 _lock = threading.Lock()
@@ -69,9 +79,21 @@ def _status() -> Status:
         torch.ops.load_library(library)
     except OSError as error:
         return Status(False, f"the native backend's library could not be made or read: {error}", path=library)
-    if not (torch.ops.gyrocompass_native.works(True) and torch.ops.gyrocompass_native.works(False)):
-        return Status(False, "this processor's matrix products gave a wrong answer", path=library)
-    return Status(True, "compiled for this machine", path=library)
+    refused = {dtype: why for dtype in _DTYPES if (why := _refusal(dtype)) is not None}
+    if len(refused) == len(_DTYPES):
+        return Status(False, refused[torch.float32])
+    return Status(True, "compiled for this machine", path=library, refused=refused)
+
+
+def _refusal(dtype: torch.dtype) -> str | None:
+    """Why a small product does not come out right, if so: oneDNN may be switched off or capped."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        works = torch.ops.gyrocompass_native.works(dtype == torch.bfloat16)
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        return f"oneDNN refuses matrix products of {name} (is it switched off or capped?): {said}"
+    return None if works else f"this processor's matrix products of {name} gave a wrong answer"
 
 
 def _missing() -> str | None:

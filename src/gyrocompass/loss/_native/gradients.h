@@ -234,7 +234,7 @@ class GradientsPass {
     }
     for (int64_t k = 0; k < column.size; ++k) {
       const Lanes z = column[k];
-      const Lanes x = larger(z - top, all(kLowestX));
+      const Lanes x = larger(all(kLowestX), z - top);
       const Lanes e = exponential(x);
       Lanes dz = fma(e, fma(b, x, fma(c, e, a)), d);
       if (logits_.rule.cap > 0) dz = dz * logits_.rule.slope(z);

@@ -25,6 +25,7 @@ constexpr float kLowestX = -200.0f;
 
 inline Lanes all(float value) { return _mm512_set1_ps(value); }
 inline Words all_words(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
+// Where one of the two is NaN, the answer is the second: give what may be NaN second, and it is not lost.
 inline Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
 inline Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
@@ -64,7 +65,7 @@ inline Lanes exponential_rest(Lanes r) {
   return fma(p, r, all(4.999999343e-1f));
 }
 
-// exp(x) for x >= kLowestX.
+// exp(x) for x >= kLowestX; NaN for NaN.
 inline Lanes exponential(Lanes x) {
   const Reduced part = reduce_exponent(x);
   const Lanes rest = fma(exponential_rest(part.r), part.r, all(1.0f));
@@ -73,7 +74,7 @@ inline Lanes exponential(Lanes x) {
 
 // tanh(x) = E / (E + 2), where E = exp(2x) - 1 = 2^n (exp(r) - 1) + (2^n - 1) is exact for small x too.
 inline Lanes hyperbolic_tangent(Lanes x) {
-  const Reduced part = reduce_exponent(smaller(larger(x + x, all(-40.0f)), all(40.0f)));
+  const Reduced part = reduce_exponent(smaller(all(40.0f), larger(all(-40.0f), x + x)));
   const Lanes power = _mm512_scalef_ps(all(1.0f), part.n);
   const Lanes tail = fma(part.r * part.r, exponential_rest(part.r), part.r);
   const Lanes e = fma(power, tail, power - all(1.0f));

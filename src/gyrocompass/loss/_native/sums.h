@@ -44,20 +44,20 @@ inline Lanes largest(const Column& column) {
   return larger(larger(top[0], top[1]), larger(top[2], top[3]));
 }
 
-// sum e^x, sum e^x x and sum e^2x with x = z - top.
+// sum e^x, sum e^x x and sum e^2x with x = z - top. Of a NaN, `top` may know nothing, but its e^x does: no sum loses it.
 inline void add_exponentials(const Column& column, const Tally& tally) {
   const Lanes old_top = tally.get(kTop);
   const Lanes top = larger(old_top, largest(column));
   Lanes exp = all(0.0f), exp_x = all(0.0f), exp_sq = all(0.0f);
   for (int64_t k = 0; k < column.size; ++k) {
-    const Lanes x = larger(column[k] - top, all(kLowestX));
+    const Lanes x = larger(all(kLowestX), column[k] - top);
     const Lanes e = exponential(x);
     exp = exp + e;
     exp_x = fma(e, x, exp_x);
     exp_sq = fma(e, e, exp_sq);
   }
   // The part's sums so far, relative to the new largest logit.
-  const Lanes change = larger(old_top - top, all(kLowestX));
+  const Lanes change = larger(all(kLowestX), old_top - top);
   const Lanes factor = exponential(change);
   const Lanes old_exp = tally.get(kExp);
   tally.set(kExpX, exp_x + factor * fma(change, old_exp, tally.get(kExpX)));

@@ -24,9 +24,17 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.scalar_head import has_scalar_head
-from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, Workplace
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stage import (
+    ModelName,
+    OptionalDocumentsName,
+    OptionalModelName,
+    OptionalTokensName,
+    Stage,
+    Workplace,
+)
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
 from gyrocompass.train.config import PRECISIONS
 from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, sample_row
@@ -39,12 +47,12 @@ class AlignmentStage(Stage):
 
     kind: Literal["alignment"] = "alignment"
     makes: ClassVar[str] = "alignment"
-    model: StageName
-    reference: OptionalStageName = None
+    model: ModelName
+    reference: OptionalModelName = None
     """The model that distances are measured from; the same for all that are to be compared."""
-    pairs: OptionalStageName = None
+    pairs: OptionalTokensName = None
     """Tokens of held-out preferences."""
-    prompts: OptionalStageName = None
+    prompts: OptionalDocumentsName = None
     """Documents whose prompts are sampled from."""
     prompt_slices: tuple[str, ...] | None = None
     max_prompts: int = Field(default=32, ge=2)

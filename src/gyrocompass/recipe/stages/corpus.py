@@ -13,7 +13,7 @@ from gyrocompass.data.document import Document, Quarantined, Record, Tally, read
 from gyrocompass.data.sources import Source, fingerprint, read_sources
 from gyrocompass.data.split import Side, side
 from gyrocompass.data.stdlib import pairs
-from gyrocompass.recipe.stage import Stage, StageName, Workplace
+from gyrocompass.recipe.stage import DocumentsName, Stage, Workplace
 
 
 class DocumentsStage(Stage):
@@ -40,7 +40,7 @@ class SplitStage(Stage):
 
     kind: Literal["split"] = "split"
     makes: ClassVar[str] = "documents"
-    documents: StageName
+    documents: DocumentsName
     side: Side
     held_out_share: float = Field(default=0.05, gt=0, lt=1)
     salt: str = ""
@@ -58,7 +58,7 @@ class PairsStage(Stage):
 
     kind: Literal["pairs"] = "pairs"
     makes: ClassVar[str] = "documents"
-    documents: StageName
+    documents: DocumentsName
 
     def outside(self) -> Any:
         """The interpreter's version: its parser decides what is a function."""

@@ -13,12 +13,10 @@ from torch import nn
 from gyrocompass.core.artifact import MANIFEST, Artifact, Draft, read_artifact
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
-from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.model.gguf import convert_gguf, package_file
-from gyrocompass.model.head import context_length, find_head
 from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
 from gyrocompass.model.lora import load_adapter, merged
-from gyrocompass.recipe.stage import Stage, StageName, Workplace
+from gyrocompass.recipe.stage import Stage, TokenizerName, Workplace
 
 ADAPTER = "adapter"
 """The folder of an unmerged LoRA adapter within a model artifact."""
@@ -32,7 +30,7 @@ class NewModelStage(Stage):
 
     kind: Literal["new_model"] = "new_model"
     makes: ClassVar[str] = "model"
-    tokenizer: StageName
+    tokenizer: TokenizerName
     config: dict[str, Any]
     seed: int = 0
 
@@ -132,36 +130,6 @@ def open_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
     """Load a model artifact; a LoRA adapter that was saved beside the weights is merged in."""
     model = load_causal_lm(folder, dtype=dtype, device=device)
     return merged(load_adapter(model, folder / ADAPTER)) if (folder / ADAPTER).is_dir() else model
-
-
-def check_fit(model: nn.Module, data: TokenDataset, length: int, where: str) -> None:
-    """Refuse data that a model cannot read, before any work is done.
-
-    Raises:
-        BadInput: rows are longer than its context, or a token is not in its vocabulary.
-    """
-    check_context(context_length(model), length, where)
-    vocabulary, highest = len(find_head(model).w_VD), int(data.id_N.max(initial=0))
-    if highest >= vocabulary:
-        raise BadInput(
-            f"the data has a token {highest}, the model a vocabulary of {vocabulary}",
-            where=where,
-            fix="make the tokens with the tokenizer that the model was made for",
-        )
-
-
-def check_context(context: int, length: int, where: str) -> None:
-    """Refuse rows longer than a context.
-
-    Raises:
-        BadInput: they are.
-    """
-    if length > context:
-        raise BadInput(
-            f"sequence_length is {length}, and the model's context is {context} tokens",
-            where=where,
-            fix=f"set it to {context} or less",
-        )
 
 
 def copy_model(base: Path, target: Path) -> nn.Module:

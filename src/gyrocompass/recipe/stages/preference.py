@@ -11,10 +11,11 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.data.corrupt import preferences
 from gyrocompass.data.document import read_documents
 from gyrocompass.data.tokens import TokenDataset, write_tokens
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.score import evaluating, scored_tokens
-from gyrocompass.recipe.stage import Stage, StageName, Workplace
+from gyrocompass.recipe.stage import DocumentsName, ModelName, Stage, TokensName, Workplace
 from gyrocompass.recipe.stages.corpus import counting, write_stage_records
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.train.config import PRECISIONS
 
 REFERENCE = "reference_logprob"
@@ -25,7 +26,7 @@ class PreferencesStage(Stage):
 
     kind: Literal["preferences"] = "preferences"
     makes: ClassVar[str] = "documents"
-    documents: StageName
+    documents: DocumentsName
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes documents.parquet with preferences; each knows the conversation it was derived from."""
@@ -41,8 +42,8 @@ class ReferenceStage(Stage):
 
     kind: Literal["reference"] = "reference"
     makes: ClassVar[str] = "tokens"
-    data: StageName
-    model: StageName
+    data: TokensName
+    model: ModelName
     sequence_length: int = Field(default=512, ge=2)
     rows_per_batch: int = Field(default=8, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"

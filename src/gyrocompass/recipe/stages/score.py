@@ -11,10 +11,11 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.fit import check_fit
 from gyrocompass.model.generate import generate
 from gyrocompass.model.score import score_dataset
-from gyrocompass.recipe.stage import Stage, StageName, StageNames, Workplace
-from gyrocompass.recipe.stages.model import check_fit, open_model
+from gyrocompass.recipe.stage import ModelName, Stage, TokensNames, Workplace
+from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.train.config import PRECISIONS
 
 
@@ -23,8 +24,8 @@ class ScoreStage(Stage):
 
     kind: Literal["score"] = "score"
     makes: ClassVar[str] = "score"
-    model: StageName
-    data: StageNames = Field(min_length=1)
+    model: ModelName
+    data: TokensNames = Field(min_length=1)
     sequence_length: int = Field(default=512, ge=2)
     rows_per_batch: int = Field(default=8, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
@@ -58,7 +59,7 @@ class CompletionsStage(Stage):
 
     kind: Literal["completions"] = "completions"
     makes: ClassVar[str] = "completions"
-    model: StageName
+    model: ModelName
     prompts: tuple[str, ...] = Field(min_length=1)
     chat: bool = False
     max_new_tokens: int = Field(default=64, ge=1)
@@ -81,5 +82,6 @@ class CompletionsStage(Stage):
             seed=self.seed,
         )
         rows = [completion._asdict() for completion in completions]
-        (draft.path / "completions.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+        text = json.dumps(rows, indent=2, allow_nan=False)
+        (draft.path / "completions.json").write_text(text, encoding="utf-8")
         draft.counts["completions"] = len(rows)

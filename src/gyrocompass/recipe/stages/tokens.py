@@ -14,7 +14,7 @@ from gyrocompass.data.document import Document, read_documents
 from gyrocompass.data.rows import tokenise
 from gyrocompass.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.recipe.stage import Stage, StageName, Workplace
+from gyrocompass.recipe.stage import DocumentsName, ModelName, Stage, TokenizerName, Workplace
 from gyrocompass.recipe.stages.corpus import listed
 
 
@@ -23,7 +23,7 @@ class TokenizerStage(Stage):
 
     kind: Literal["tokenizer"] = "tokenizer"
     makes: ClassVar[str] = "tokenizer"
-    documents: StageName
+    documents: DocumentsName
     vocabulary_size: int = Field(default=8192, ge=SMALLEST_VOCABULARY)
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
@@ -38,7 +38,7 @@ class ImportedTokenizerStage(Stage):
 
     kind: Literal["tokenizer_of"] = "tokenizer_of"
     makes: ClassVar[str] = "tokenizer"
-    model: StageName
+    model: ModelName
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes the tokenizer's files."""
@@ -52,8 +52,8 @@ class TokensStage(Stage):
 
     kind: Literal["tokens"] = "tokens"
     makes: ClassVar[str] = "tokens"
-    documents: StageName
-    tokenizer: StageName
+    documents: DocumentsName
+    tokenizer: TokenizerName
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """More documents than this in which nothing can be learned fail the stage."""
     max_tokens: int | None = Field(default=None, ge=2)

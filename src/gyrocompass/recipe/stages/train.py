@@ -25,6 +25,7 @@ from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.fit import check_context, check_fit
 from gyrocompass.model.future_heads import attach_future_heads, save_future_heads, without_future_heads
 from gyrocompass.model.head import context_length, find_head
 from gyrocompass.model.load import save_model
@@ -32,8 +33,15 @@ from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
 from gyrocompass.model.upstream import UpstreamConfig
-from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, Workplace
-from gyrocompass.recipe.stages.model import ADAPTER, check_context, check_fit, copy_model, open_model
+from gyrocompass.recipe.stage import (
+    ModelName,
+    OptionalDocumentsName,
+    OptionalModelName,
+    OptionalTokensName,
+    Stage,
+    Workplace,
+)
+from gyrocompass.recipe.stages.model import ADAPTER, copy_model, open_model
 from gyrocompass.recipe.stages.rollouts import gaming_watch, read_prompts, rollout_source
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import World
@@ -43,6 +51,7 @@ from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 from gyrocompass.train.watch import GamingWatch, WatchConfig
 
 RUN_FILES = ("metrics.jsonl", "evaluations.jsonl", "incidents.jsonl", "watch.jsonl")
+TIMED_FILES = {"metrics.jsonl", "evaluations.jsonl"}
 EVALUATIONS = "evaluations"
 
 
@@ -55,9 +64,9 @@ class TrainStage(Stage, TrainConfig):
     kind: Literal["train"] = "train"
     makes: ClassVar[str] = "model"
     distributed: ClassVar[bool] = True
-    model: StageName
-    data: OptionalStageName = None
-    held_out: OptionalStageName = None
+    model: ModelName
+    data: OptionalTokensName = None
+    held_out: OptionalTokensName = None
     held_out_documents: int | None = Field(default=None, ge=1)
     """Evaluate on the first so many held-out documents of each slice while training; None: on all of them."""
     lora: LoraSettings | None = None
@@ -65,21 +74,21 @@ class TrainStage(Stage, TrainConfig):
     """Train a scalar head beside the head of words, for objectives that read one: a reward, a value."""
     future_heads: int = Field(default=0, ge=0)
     """How many tokens after the next one are predicted too, for the objective `multi_token`."""
-    teacher: OptionalStageName = None
+    teacher: OptionalModelName = None
     """What objectives of distillation learn from."""
-    prompts: OptionalStageName = None
+    prompts: OptionalDocumentsName = None
     """Documents whose prompts are sampled from."""
     prompt_slices: tuple[str, ...] | None = None
     """Of them, those of these slices; None: all."""
     rollouts: RolloutConfig | None = None
     rewards: tuple[str | dict[str, Any], ...] = ()
-    reference: OptionalStageName = None
+    reference: OptionalModelName = None
     """The model whose log-probabilities rollouts bring along."""
     engine: UpstreamConfig | None = None
     """A server that samples; None: the model itself does."""
     watch: WatchConfig | None = None
     """Look out for gamed rewards, on `watch_prompts`, every `evaluate_every_steps`."""
-    watch_prompts: OptionalStageName = None
+    watch_prompts: OptionalDocumentsName = None
 
     @model_validator(mode="after")
     def _check_what_needs_held_out(self) -> TrainStage:
@@ -244,6 +253,7 @@ class TrainStage(Stage, TrainConfig):
         for name in RUN_FILES:
             if (work / name).exists():
                 shutil.copy(work / name, draft.path / name)
+        draft.records |= TIMED_FILES
         if (work / EVALUATIONS).exists():
             shutil.copytree(work / EVALUATIONS, draft.path / EVALUATIONS)
         outcome.ledger.save(draft.path / "ledger.parquet")

@@ -1,0 +1,96 @@
+"""The figures of alignment: means and differences clustered by group, and a reward model's calibration."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gyrocompass.measure.alignment import (
+    Figure,
+    calibration,
+    expected_calibration_error,
+    figures_from,
+    fit_temperature,
+    paired_difference,
+)
+from gyrocompass.measure.intervals import ratio_estimate
+
+values = st.lists(st.tuples(st.floats(-5, 5), st.sampled_from("abcdef")), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(values)
+def test_a_figure_is_the_mean_whatever_the_groups(pairs: list[tuple[float, str]]) -> None:
+    numbers, groups = [value for value, _ in pairs], [group for _, group in pairs]
+    figure = Figure.of("m", "s", numbers, groups)
+    assert figure.value == pytest.approx(np.mean(numbers), abs=1e-12)
+    assert (figure.size, figure.groups) == (len(pairs), len(set(groups)))
+    (again,) = figures_from([json.loads(json.dumps(figure._asdict()))])
+    assert again == figure
+
+
+def test_groups_are_the_clusters() -> None:
+    """Ten equal copies of each of four pairs say no more than the four."""
+    once = Figure.of("m", "s", [0.0, 1.0, 1.0, 0.0], list("abcd"))
+    copied = Figure.of("m", "s", [0.0, 1.0, 1.0, 0.0] * 10, list("abcd") * 10)
+    assert copied[2:5] == pytest.approx(once[2:5]) and copied.groups == 4
+
+
+def test_a_difference_is_paired() -> None:
+    """What groups have in common cancels: a difference of 1/10 everywhere has no width."""
+    base = np.array([0.1, 0.9, 0.4, 0.6])
+    one, other = (Figure.of("m", "s", base + shift, list("abcd")) for shift in (0.1, 0.0))
+    change = paired_difference(one, other)
+    assert change is not None and change == pytest.approx((0.1, 0.1, 0.1))
+    alone = ratio_estimate(base, np.ones(4))
+    assert alone.low is not None and alone.high is not None and alone.high - alone.low > 0.5
+
+
+def test_models_judged_on_other_groups_are_not_compared() -> None:
+    assert paired_difference(Figure.of("m", "s", [1.0], ["a"]), Figure.of("m", "s", [1.0], ["b"])) is None
+
+
+def test_the_interval_of_a_difference_holds_the_truth() -> None:
+    """95% of 400 simulated comparisons with a true change of 0.3, groups that differ and unequal sizes."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        groups = [str(g) for g in range(25) for _ in range(1 + g % 3)]
+        level = dict(zip(map(str, range(25)), random.normal(0, 2, 25), strict=True))
+        before = [level[g] + random.normal() for g in groups]
+        after = [level[g] + 0.3 + random.normal() for g in groups]
+        change = paired_difference(Figure.of("m", "s", after, groups), Figure.of("m", "s", before, groups))
+        assert change is not None and change.low is not None and change.high is not None
+        held += change.low <= 0.3 <= change.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def margins(temperature: float, size: int, seed: int) -> np.ndarray:
+    """Margins of a reward model that says `temperature` times what it knows."""
+    random = np.random.default_rng(seed)
+    true = np.abs(random.normal(0, 2, size))
+    right = random.random(size) < 1 / (1 + np.exp(-true))
+    return temperature * np.where(right, true, -true)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_the_temperature_is_found_and_mends_the_error(temperature: float) -> None:
+    margin_P = margins(temperature, 20_000, 3)
+    assert fit_temperature(margin_P) == pytest.approx(temperature, rel=0.1)
+    found = calibration(margin_P, [str(number) for number in range(len(margin_P))])
+    assert found is not None and found.ece_after < 0.02
+    if temperature != 1:
+        assert found.ece_before > 0.05
+
+
+def test_a_perfect_model_has_an_error_above_zero() -> None:
+    errors = [expected_calibration_error(margins(1.0, 300, seed)) for seed in range(50)]
+    assert 0.02 < np.mean(errors) < 0.08
+
+
+def test_one_half_alone_is_not_calibrated() -> None:
+    assert calibration([1.0, -1.0], ["a", "a"]) is None

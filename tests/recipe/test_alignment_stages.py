@@ -1,0 +1,166 @@
+"""From documents to an aligned model in one tiny recipe: preferences, reward model, DPO, rollouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from gyrocompass.core.errors import ConfigError
+from gyrocompass.core.lineage import walk
+from gyrocompass.core.store import Store
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.model.load import load_causal_lm
+from gyrocompass.model.scalar_head import has_scalar_head
+from gyrocompass.recipe.recipe import load_recipe, recipe_from
+from gyrocompass.recipe.report_alignment import judged_models, measures
+from gyrocompass.recipe.run import read_run, run_recipe
+from tiny_recipe import write_recipe
+
+LENGTH = 500
+TRAIN = {"kind": "train", "model": "fine_tuned", "sequence_length": LENGTH, "rows_per_step": 4, "steps": 2}
+TRAIN |= {"guard": {"spike_z": None}}
+PREFERENCES = {"kind": "tokens", "tokenizer": "tokenizer", "max_tokens": LENGTH, "max_quarantined_share": 1.0}
+SAMPLING = {"prompts": "train_pairs", "prompt_slices": ["chat/body"], "rewards": ["parses", "distinct"]}
+STAGES: dict[str, Any] = {
+    "held_out_pairs": {"kind": "pairs", "documents": "held_out_documents"},
+    "train_preferences": {"kind": "preferences", "documents": "train_pairs"},
+    "held_out_preferences": {"kind": "preferences", "documents": "held_out_pairs"},
+    "preference_tokens": PREFERENCES | {"documents": "train_preferences"},
+    "held_out_preference_tokens": PREFERENCES | {"documents": "held_out_preferences"},
+    "reference": {
+        "kind": "reference",
+        "data": "preference_tokens",
+        "model": "fine_tuned",
+        "sequence_length": LENGTH,
+    },
+    "reward_model": TRAIN
+    | {"scalar_head": True, "data": "preference_tokens", "objective": [{"reward_pairs": {"centring": 0.01}}]},
+    "preferring": TRAIN | {"data": "reference", "objective": [{"dpo": {}}, {"chosen_nll": {"weight": 0.1}}]},
+    "reinforced": TRAIN
+    | SAMPLING
+    | {
+        "model": "preferring",
+        "reference": "fine_tuned",
+        "objective": [{"clipped_surrogate": {}}, {"reference_kl": {"weight": 0.1}}],
+        "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 3, "max_new_tokens": 8},
+        "watch": {"gold": ["compiles"], "prompts": 3, "samples_per_prompt": 2},
+        "watch_prompts": "held_out_pairs",
+        "evaluate_every_steps": 1,
+    },
+}
+JUDGED = {
+    "kind": "alignment",
+    "reference": "fine_tuned",
+    "pairs": "held_out_preference_tokens",
+    **SAMPLING,
+    "prompts": "held_out_pairs",
+    "max_new_tokens": 6,
+    "max_prompts": 4,
+    "sequence_length": LENGTH,
+}
+STAGES |= {
+    f"align_{name}": JUDGED | {"model": name}
+    for name in ("fine_tuned", "reward_model", "preferring", "reinforced")
+}
+
+
+def changed(folder: Path, **stages: Any) -> dict[str, Any]:
+    """The tiny recipe with the stages of alignment, some of them changed."""
+    recipe: dict[str, Any] = yaml.safe_load(write_recipe(folder).read_text())
+    for name in ("score_untrained", "score_fine_tuned", "completions"):
+        del recipe["stages"][name]
+    recipe["stages"]["untrained"]["config"]["max_position_embeddings"] = LENGTH
+    recipe["stages"] |= STAGES | stages
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store in which it has run."""
+    folder = tmp_path_factory.mktemp("aligned")
+    recipe = recipe_from(changed(folder), [], "test")
+    run_recipe(recipe, Store(folder / "store"), Console(quiet=True))
+    return folder / "store"
+
+
+def folder_of(store: Store, stage: str) -> Path:
+    record = read_run(store, "tiny")
+    return store.open(next(one.artifact for one in record.stages if one.name == stage)).path
+
+
+def test_the_reference_is_a_column_and_a_parent(finished: Path) -> None:
+    store = Store(finished)
+    data = TokenDataset.open(folder_of(store, "reference"))
+    reference_N = data.columns["reference_logprob"]
+    np.testing.assert_array_equal(np.isfinite(reference_N), data.weight_N > 0)
+    record = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
+    parents = store.open(record["reference"]).manifest.parents
+    assert parents == {"data": record["preference_tokens"], "model": record["fine_tuned"]}
+
+
+def test_preferring_begins_at_ln_2(finished: Path) -> None:
+    rows = (folder_of(Store(finished), "preferring") / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(rows[0])["objective"]
+    assert first["dpo"] == pytest.approx(np.log(2), abs=1e-5)
+    assert first["chosen_nll"] > 0
+
+
+def test_a_reward_model_keeps_its_head(finished: Path) -> None:
+    model = load_causal_lm(folder_of(Store(finished), "reward_model"))
+    assert has_scalar_head(model)
+    assert not has_scalar_head(load_causal_lm(folder_of(Store(finished), "preferring")))
+
+
+def test_rollouts_and_the_watch_leave_their_rows(finished: Path) -> None:
+    folder = folder_of(Store(finished), "reinforced")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout"]["samples"] for row in rows] == [6, 6]
+    assert all(row["rollout"]["largest_gap_nats"] < 1e-4 for row in rows)
+    assert rows[0]["objective"]["reference_kl"] >= 0
+    looks = [json.loads(line) for line in (folder / "watch.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [1, 2] and looks[0]["samples"] == 6
+
+
+def test_the_report_compares_the_models(finished: Path) -> None:
+    store = Store(finished)
+    judged = judged_models(read_run(store, "tiny"), store)
+    assert [one.model for one in judged] == ["fine_tuned", "reward_model", "preferring", "reinforced"]
+    rows = {row.name: row.cells for row in measures(judged)}
+    assert rows["preferred by reward model"][1].figure is not None
+    assert rows["sample: parses"][3].change is not None
+    first = rows["sample: KL from reference, nats"][0].figure
+    assert first is not None and first.value == 0
+    page = (finished / "runs" / "tiny" / "report.html").read_text()
+    assert "Alignment" in page and "its own samples of train_pairs" in page
+
+
+def test_a_sample_leads_back_to_its_documents(finished: Path) -> None:
+    store = Store(finished)
+    record = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
+    seen = str(walk(store, record["reinforced"]).artifact)
+    assert record["train_pairs"] in seen and record["documents"] in seen
+
+
+@pytest.mark.parametrize(
+    "stage, changes, message",
+    [
+        ("reinforced", {"rewards": ["parse"]}, "unknown reward 'parse'; did you mean parses"),
+        ("reinforced", {"rollouts": None}, "give one of data and rollouts"),
+        ("reinforced", {"steps": None, "epochs": 1}, "rollouts need prompts, rewards and steps"),
+        ("preferring", {"objective": ["dppo"]}, "unknown objective 'dppo'"),
+        ("align_preferring", {"rewards": []}, "prompts and rewards go together"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(
+    tmp_path: Path, stage: str, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(changed(tmp_path / "d", **{stage: STAGES[stage] | changes})))
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))
