@@ -18,8 +18,9 @@ from gyrocompass.data.encode import (
     encode_texts,
     prompt_ids,
 )
+from gyrocompass.data.rows import tokenise
 from gyrocompass.data.tokenizer import train_tokenizer
-from gyrocompass.data.tokens import TokenDataset, tokenise
+from gyrocompass.data.tokens import TokenDataset
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

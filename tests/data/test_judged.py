@@ -16,7 +16,8 @@ from gyrocompass.data.document import Document, Message, Quarantined, read_docum
 from gyrocompass.data.mixture import Sampler, SamplerConfig
 from gyrocompass.data.pack import bundle, cut
 from gyrocompass.data.records import Place, RecordOptions, read_record
-from gyrocompass.data.tokens import TokenDataset, TokenRow, token_rows, tokenise, write_tokens
+from gyrocompass.data.rows import token_rows, tokenise
+from gyrocompass.data.tokens import TokenDataset, TokenRow, write_tokens
 
 PLACE = Place("pairs.jsonl", 1, "pairs.jsonl")
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -57,7 +58,7 @@ def test_conversations_in_three_spellings_are_one_preference() -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "rejected is empty"),
         ({"prompt": "a", "chosen": "b"}, "chosen and rejected belong together, and one is missing"),
-        ({"chosen": "b", "rejected": "c"}, "without a prompt are two lists of messages"),
+        ({"chosen": "b", "rejected": "c"}, "without a prompt are not lists of messages"),
         ({"prompt": "a", "chosen": [*ASKED], "rejected": "c"}, "not one message of the assistant"),
         ({"prompt": "a", "completion": "b", "label": 0.5}, "label is 0.5"),
         ({"prompt": "a", "completion": "b", "score": "high"}, "score is not a number but a text"),

@@ -82,10 +82,13 @@ MALFORMED: list[tuple[Any, str]] = [
     (b'{"text": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
     (["text"], "not an object with fields but a list"),
     (None, "not an object with fields but null"),
-    ({}, "none of text, messages, prompt + completion, prompt + chosen + rejected; fields: none"),
+    (
+        {},
+        "prompt + completion, prompt + steps, prompt + chosen + rejected; fields: none",
+    ),
     (
         {"content": "x"},
-        "none of text, messages, prompt + completion, prompt + chosen + rejected; fields: content",
+        "prompt + completion, prompt + steps, prompt + chosen + rejected; fields: content",
     ),
     ({"text": 3}, "text is not a text but a int"),
     ({"text": " \n"}, "text is empty"),
@@ -202,7 +205,7 @@ def test_parquet_with_bad_rows(here: Path) -> None:
 
 def test_parquet_that_cannot_be_read(here: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), here / "t.parquet")
-    with pytest.raises(BadInput, match="columns text, messages, prompt, completion; there are: body"):
+    with pytest.raises(BadInput, match="columns text, messages, prompt, completion, chosen; there are: body"):
         read(parquet={"path": "t.parquet"})
     assert len(documents(read(parquet={"path": "t.parquet", "fields": {"text": "body"}}))) == 1
     data = (here / "t.parquet").read_bytes()

@@ -17,9 +17,10 @@ from gyrocompass.cli.model import model_folder
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.progress import Progress
 from gyrocompass.data.document import Document, Quarantined, Skipped
+from gyrocompass.data.rows import token_rows
 from gyrocompass.data.sources import FilesSource, Source, read_sources
 from gyrocompass.data.tokenizer import load_tokenizer
-from gyrocompass.data.tokens import TokenDataset, TokenRow, token_rows
+from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.table import print_scores

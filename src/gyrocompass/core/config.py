@@ -41,9 +41,14 @@ __all__ = [
 
 
 class Config(BaseModel):
-    """The base of every config: frozen, no unknown keys, no inf or nan, defaults checked like input."""
+    """The base of every config: frozen, no unknown keys, no inf or nan, defaults checked like input.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    What it dumps can be read again: keys have the names that a file gives them.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, serialize_by_alias=True
+    )
 
 
 C = TypeVar("C", bound=BaseModel)

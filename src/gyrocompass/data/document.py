@@ -48,13 +48,23 @@ class Message(NamedTuple):
     content: str
 
 
+class Step(NamedTuple):
+    """One step of an answer that was judged step by step."""
+
+    end: int
+    """Where it ends in the answer, in characters."""
+    reward: float | None
+    """1 right, 0 wrong, or between; None where nobody has said."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One document. Which content fields are filled depends on `kind`.
 
     Args:
         kind: "text" (`text`), "chat" (`messages`), "completion" (`prompt`, and `text` as what follows it), or
-            "preference" (`prompt` or `messages`, and after it `text`, the chosen answer, and `rejected`).
+            "preference" (`prompt` or `messages`, and after it `text`, the chosen answer, and `rejected`; with
+            `gold`, a third answer that is to be imitated).
         path: the file, with the record's line or name after it: `notes/a.md`, `chats.jsonl:12`.
         source: the name of the collection it belongs to.
         slice: the part of the data that numbers are reported for.
@@ -62,8 +72,12 @@ class Document:
         language: "python", "en", ..., or None where it is not known.
         origin_ids: the documents it was derived from.
         weight: multiplies the weight of each of its tokens; above 0.
-        labels: what a label says of it as numbers: `margin`, `desirable`, `score`.
-        group: documents of one group stay on one side of a split; None means the group of its own content.
+        labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
+        steps: the steps of its answer, which together are all of it.
+        unit: documents that follow each other under one name are read together; a preference is a unit of
+            its own.
+        group: documents of one group stay on one side of a split; None means that of its unit, or of its own
+            content where it has none.
 
     >>> document = Document(kind="text", text="x = 1", path="a.py", source="files", slice="code")
     >>> document.id, document.n_bytes
@@ -77,13 +91,16 @@ class Document:
     text: str = ""
     prompt: str = ""
     rejected: str = ""
+    gold: str = ""
     messages: tuple[Message, ...] = ()
     licence: str | None = None
     language: str | None = None
     origin_ids: tuple[str, ...] = ()
     weight: float = 1.0
     group: str | None = None
+    unit: str | None = None
     labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    steps: tuple[Step, ...] = ()
 
     @cached_property
     def content_hash(self) -> str:
@@ -96,10 +113,12 @@ class Document:
             case "chat":
                 content = json.dumps(self.messages, ensure_ascii=False)
             case "preference":
-                answers = [self.prompt, self.messages, self.text, self.rejected]
+                answers = [self.prompt, self.messages, self.text, self.rejected, *filter(None, [self.gold])]
                 content = json.dumps(answers, ensure_ascii=False)
         if self.labels:
             content += json.dumps(dict(self.labels), sort_keys=True)
+        if self.steps:
+            content += json.dumps(self.steps)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
@@ -120,7 +139,7 @@ class Document:
                 return tuple(message.content for message in self.messages)
             case "preference":
                 asked = tuple(message.content for message in self.messages)
-                return (self.prompt, *asked, self.text, self.rejected)
+                return (self.prompt, *asked, self.text, self.rejected, *filter(None, [self.gold]))
 
     @cached_property
     def n_bytes(self) -> int:
@@ -129,8 +148,13 @@ class Document:
 
     @property
     def split_key(self) -> str:
-        """What decides its side of a split: its group, else its content hash."""
-        return self.group or self.content_hash
+        """What decides its side of a split: its group, else its unit, else its content hash."""
+        return self.group or self.unit or self.content_hash
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether its answer is judged: by a preference, labels, or its steps, or beside others of a unit."""
+        return self.kind == "preference" or self.unit is not None or bool(self.labels or self.steps)
 
 
 class Quarantined(NamedTuple):
@@ -193,13 +217,16 @@ DOCUMENT_SCHEMA = pa.schema(
         ("text", pa.string()),
         ("prompt", pa.string()),
         ("rejected", pa.string()),
+        ("gold", pa.string()),
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("licence", pa.string()),
         ("language", pa.string()),
         ("origin_ids", pa.list_(pa.string())),
         ("weight", pa.float64()),
         ("group", pa.string()),
+        ("unit", pa.string()),
         ("labels", pa.map_(pa.string(), pa.float64())),
+        ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
         ("content_hash", pa.string()),
     ]
 )
@@ -274,6 +301,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
         row["messages"] = tuple(Message(**message) for message in row["messages"])
         row["origin_ids"] = tuple(row["origin_ids"])
         row["labels"] = MappingProxyType(dict(row["labels"]))
+        row["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
         del row["id"], row["content_hash"]
         yield Document(**row)
 
@@ -304,4 +332,5 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 def _document_row(document: Document) -> dict[str, Any]:
     row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
     messages = [message._asdict() for message in document.messages]
-    return row | {"messages": messages, "labels": list(document.labels.items())}
+    steps = [step._asdict() for step in document.steps]
+    return row | {"messages": messages, "labels": list(document.labels.items()), "steps": steps}

@@ -3,6 +3,12 @@
     Encoded --fill_in_the_middle--> Encoded     prefix, suffix, and then the middle, marked by three sentinels
     Encoded --prefix_lm--> Encoded              the first part is context alone
 
+A stage `tokens` does either to each text:
+
+    tokens: {kind: tokens, infilling: {rate: 0.5}, ...}         or prefix_lm: {}
+
+The tokenizer has to have the sentinels; one that a recipe trains has those in its `extra_special_tokens`.
+
 With a document cut at two places into prefix, middle and suffix,
 
     PSM     BOS  PRE prefix  SUF suffix  MID middle  EOS
@@ -27,7 +33,7 @@ Shape legend: N tokens of a document.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -35,6 +41,9 @@ from pydantic import Field
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.encode import Encoded, Int64Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -47,6 +56,31 @@ class Sentinels(NamedTuple):
     middle: int
 
 
+class SentinelTokens(Config):
+    """The three special tokens by name; StarCoder's, without the underscores, and those of others differ."""
+
+    prefix: str = "<|fim_prefix|>"
+    suffix: str = "<|fim_suffix|>"
+    middle: str = "<|fim_middle|>"
+
+    def of(self, tokenizer: PreTrainedTokenizerFast) -> Sentinels:
+        """Their ids.
+
+        Raises:
+            BadInput: the tokenizer has no such special token.
+        """
+        special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        names = (self.prefix, self.suffix, self.middle)
+        missing = [name for name in names if name not in special]
+        if missing:
+            raise BadInput(
+                f"the tokenizer has no special token {', '.join(missing)}; it has: {', '.join(special)}",
+                where="infilling.sentinels",
+                fix="name tokens that it has, or list these as extra_special_tokens of the tokenizer stage",
+            )
+        return Sentinels(*(special[name] for name in names))
+
+
 class InfillingConfig(Config):
     """How documents are rearranged."""
 
@@ -56,6 +90,13 @@ class InfillingConfig(Config):
     """The share of the rearranged ones that begin with the suffix."""
     counted: Literal["all", "middle"] = "all"
     """`middle`: prefix and suffix are context alone (for fine-tuning)."""
+    sentinels: SentinelTokens = SentinelTokens()
+    seed: int = Field(default=0, ge=0)
+
+
+class PrefixLmConfig(Config):
+    """Which part of each document is context alone: drawn, from the seed."""
+
     seed: int = Field(default=0, ge=0)
 
 

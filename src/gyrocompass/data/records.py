@@ -3,14 +3,22 @@
     {"text": ...}                           text
     {"messages": [{"role", "content"}]}     chat
     {"prompt": ..., "completion": ...}      completion; `prompt` is a text or a list of messages
+    {"prompt": ..., "steps": [{"text", "reward"}]}      completion in steps, each right or wrong or neither
     {"prompt": ..., "chosen": ..., "rejected": ...}     preference; answers are texts or lists of messages
 
-A preference of two conversations may leave the prompt out: it is what both begin with. Optional beside them:
-slice, source, licence, language, weight, id, group, and labels, as numbers or as true and false: `label` (is
-this answer desirable), `margin` (of a preference), `score` (of an answer). Answers to one prompt are of one
-group, so that a split keeps them on one side. Other fields are ignored, without a
-count: a text with a URL or a score beside it is still a text. What is read is checked strictly, since a field
-of the wrong type or an empty text is more often a broken export than a choice.
+A preference of two conversations may leave the prompt out: it is what both begin with. It may have a third
+answer, `gold`, which is to be imitated. Optional beside them: slice, source, licence, language, weight, id,
+group, unit, and labels, which are numbers or true and false:
+
+    label, margin, score      is this answer desirable; how clear is the preference; what is the answer worth
+    labels: {name: number}    what else an objective reads: relevance, role, tie, retriever_logprob, ...
+    unit: name                records that follow each other under one name are read together: a question and
+                              what answers it, the passages of a question, answers that are ranked
+
+Answers to one prompt are of one group, and so are the records of a unit, so that a split keeps them on one
+side. A preference is a unit by itself, and what it says as `unit` is ignored. So are all other fields,
+without a count: a text with a URL or a score beside it is still a text. What is read is checked strictly,
+since a field of the wrong type or an empty text is more often a broken export than a choice.
 """
 
 from __future__ import annotations
@@ -26,14 +34,17 @@ import numpy as np
 from pydantic import AfterValidator, Field, PositiveFloat
 
 from gyrocompass.core.config import Config
-from gyrocompass.data.document import EXCERPT_LENGTH, Document, Kind, Message, Quarantined
+from gyrocompass.data.document import EXCERPT_LENGTH, Document, Kind, Message, Quarantined, Step
 
 ROLES = ("system", "user", "assistant", "tool")
 
-ContentField = Literal["text", "messages", "prompt", "completion", "chosen", "rejected"]
+ContentField = Literal["text", "messages", "prompt", "completion", "steps", "chosen", "rejected", "gold"]
 
 LABELS: Mapping[str, str] = {"label": "desirable", "margin": "margin", "score": "score"}
 """Fields that hold a number about the answer, and the names of the labels they become."""
+
+SIDES = "side"
+"""The label of a preference's answers: which of them it is."""
 
 RESERVED_SLICES = ("", "total")
 """Names that no slice may have: every table has its own line `total`, and "" is "no slice"."""
@@ -120,7 +131,7 @@ def read_record(raw: object, options: RecordOptions, place: Place) -> Document |
     >>> read_record({"text": "Hello."}, RecordOptions(), place).path
     'a.jsonl:3'
     >>> read_record({"txt": "Hello."}, RecordOptions(), place).reason
-    'none of text, messages, prompt + completion, prompt + chosen + rejected; fields: txt'
+    'none of text, messages, prompt + completion, prompt + steps, prompt + chosen + rejected; fields: txt'
     """
     try:
         if not isinstance(raw, Mapping):
@@ -132,7 +143,9 @@ def read_record(raw: object, options: RecordOptions, place: Place) -> Document |
 
 def _document(raw: Mapping[str, Any], options: RecordOptions, place: Place) -> Document:
     kind, content = _content(raw, options)
-    labels = _labels(raw) if kind != "text" else {}
+    labels = _labels(raw, kind)
+    unit = None if kind == "preference" else _optional(raw, "unit", (str, int))
+    judged = kind != "text" and (kind == "preference" or labels or content.get("steps"))
     record_id = _optional(raw, "id", (str, int))
     return Document(
         kind=kind,
@@ -142,33 +155,58 @@ def _document(raw: Mapping[str, Any], options: RecordOptions, place: Place) -> D
         licence=_optional(raw, "licence", (str,)) or options.licence,
         language=_optional(raw, "language", (str,)) or options.language,
         weight=_weight(raw, options),
-        group=_optional(raw, "group", (str, int)) or _prompt_group(kind, content, labels),
+        group=_optional(raw, "group", (str, int))
+        or (_prompt_group(kind, content) if judged and unit is None else None),
+        unit=unit,
         labels=labels,
         **content,
     )
 
 
-def _prompt_group(kind: Kind, content: Mapping[str, Any], labels: Mapping[str, float]) -> str | None:
-    """The group of all answers to one prompt, where answers are judged."""
-    if kind != "preference" and not labels:
-        return None
+def _prompt_group(kind: Kind, content: Mapping[str, Any]) -> str:
+    """The group of all answers to one prompt."""
     asked = content.get("messages", ())
     prompt = [content.get("prompt", ""), asked if kind == "preference" else asked[:-1]]
     return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()
 
 
-def _labels(raw: Mapping[str, Any]) -> dict[str, float]:
-    labels = {}
-    for name, label in LABELS.items():
-        value = raw.get(name)
+def _labels(raw: Mapping[str, Any], kind: Kind) -> dict[str, float]:
+    """All numbers by name: those of `labels`, and of an answer those with a field of their own."""
+    labels: dict[str, float] = {}
+    if kind != "text":
+        given = {
+            label: _number(raw[name], name) for name, label in LABELS.items() if raw.get(name) is not None
+        }
+        if given.get("desirable", 1.0) not in (0.0, 1.0):
+            raise _Malformed(f"label is {raw['label']}; it is true (desirable) or false")
+        labels |= given
+    named = raw.get("labels")
+    if named is None:
+        return labels
+    if not isinstance(named, Mapping):
+        raise _Malformed(f"labels is not an object of numbers by name but {_type_name(named)}")
+    for name, value in named.items():
         if value is None:
             continue
-        if not isinstance(value, bool | int | float) or not math.isfinite(value):
-            raise _Malformed(f"{name} is not a number but {_type_name(value)}")
-        if name == "label" and value not in (0, 1):
-            raise _Malformed(f"label is {value}; it is true (desirable) or false")
-        labels[label] = float(value)
+        if name in labels:
+            raise _Malformed(f"the label {name} is given twice, in labels and as a field")
+        if kind == "preference" and name == SIDES:
+            raise _Malformed(f"labels.{SIDES} is what chosen and rejected say already")
+        labels[_text(name, "a name in labels")] = _number(value, f"labels.{name}")
     return labels
+
+
+def _number(value: Any, name: str) -> float:
+    """A label, true and false being 1 and 0."""
+    if not isinstance(value, bool | int | float):
+        raise _Malformed(f"{name} is not a number but {_type_name(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _GREATEST_WEIGHT:
+        raise _Malformed(f"{name} is {value}, which is no finite number of float32")
+    return number
 
 
 def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict[str, Any]]:
@@ -178,6 +216,9 @@ def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict
         value = raw.get(options.fields.get(name, name))
         if value is not None:
             values[name] = value
+    gold = values.pop("gold", None)
+    if set(values) != {"prompt", "steps"}:
+        values.pop("steps", None)
     match sorted(values):
         case ["text"]:
             return "text", {"text": _text(values["text"], "text")}
@@ -189,12 +230,18 @@ def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict
             if "messages" in asked:
                 return "chat", {"messages": (*asked["messages"], Message("assistant", said))}
             return "completion", asked | {"text": said}
+        case ["prompt", "steps"]:
+            asked, (said, steps) = _asked(values["prompt"]), _steps(values["steps"])
+            if "messages" in asked:
+                return "chat", {"messages": (*asked["messages"], Message("assistant", said)), "steps": steps}
+            return "completion", asked | {"text": said, "steps": steps}
         case ["chosen", "rejected"] | ["chosen", "prompt", "rejected"]:
-            return "preference", _preference(values)
+            return "preference", _preference(values, gold)
         case []:
             fields = ", ".join(map(str, raw)) or "none"
             raise _Malformed(
-                f"none of text, messages, prompt + completion, prompt + chosen + rejected; fields: {fields}"
+                "none of text, messages, prompt + completion, prompt + steps, prompt + chosen + rejected; "
+                f"fields: {fields}"
             )
         case ["prompt"] | ["completion"]:
             raise _Malformed("prompt and completion belong together, and one is missing")
@@ -204,23 +251,47 @@ def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict
             raise _Malformed(f"more than one content: {', '.join(found)}")
 
 
-def _preference(values: Mapping[ContentField, Any]) -> dict[str, Any]:
-    """The prompt, the chosen answer and the rejected one."""
-    chosen, rejected, prompt = values["chosen"], values["rejected"], values.get("prompt")
+def _preference(values: Mapping[ContentField, Any], gold: Any) -> dict[str, Any]:
+    """The prompt, the chosen answer and the rejected one, and the gold one if there is one."""
+    answers = [values["chosen"], values["rejected"], *([] if gold is None else [gold])]
+    names = ("chosen", "rejected", "gold")
+    prompt = values.get("prompt")
     if prompt is None:
-        if not (isinstance(chosen, list) and isinstance(rejected, list)):
-            raise _Malformed("chosen and rejected without a prompt are two lists of messages")
+        if not all(isinstance(answer, list) for answer in answers):
+            raise _Malformed(f"{', '.join(names[: len(answers)])} without a prompt are not lists of messages")
+        shortest = min(map(len, answers))
         shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        while shared < shortest and all(answer[shared] == answers[0][shared] for answer in answers):
             shared += 1
-        if shared == min(len(chosen), len(rejected)):
-            shared -= 1  # one is the beginning of the other, or they are equal: said below
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if shared == shortest:
+            shared -= 1  # one is the beginning of the others, or they are equal: said below
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
     asked = _asked(prompt)
-    said = {"text": _answer(chosen, "chosen"), "rejected": _answer(rejected, "rejected")}
-    if said["text"] == said["rejected"]:
+    said = [_answer(answer, name) for answer, name in zip(answers, names, strict=False)]
+    if said[0] == said[1]:
         raise _Malformed("chosen and rejected are the same")
-    return asked | said
+    return asked | dict(zip(("text", "rejected", "gold"), said, strict=False))
+
+
+def _steps(value: Any) -> tuple[str, tuple[Step, ...]]:
+    """An answer in steps as one text, and where each step ends."""
+    if not isinstance(value, list) or not value:
+        found = "an empty one" if value == [] else _type_name(value)
+        raise _Malformed(f"steps is not a list of objects but {found}")
+    said, steps = "", []
+    for index, entry in enumerate(value):
+        where = f"steps[{index}]"
+        if not isinstance(entry, Mapping):
+            raise _Malformed(f"{where} is not an object but {_type_name(entry)}")
+        said += _text(entry.get("text"), f"{where}.text")
+        reward = entry.get("reward")
+        number = None if reward is None else _number(reward, f"{where}.reward")
+        if number is not None and not 0 <= number <= 1:
+            raise _Malformed(f"{where}.reward is {reward}; it is true (right), false, or between 0 and 1")
+        steps.append(Step(len(said), number))
+    if all(step.reward is None for step in steps):
+        raise _Malformed("no step has a reward")
+    return said, tuple(steps)
 
 
 def _asked(prompt: Any) -> dict[str, Any]:

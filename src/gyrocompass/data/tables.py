@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined, Record, Skipped
-from gyrocompass.data.records import Place, RecordOptions, read_record
+from gyrocompass.data.records import ContentField, Place, RecordOptions, read_record
 
 _DATASET, _DATASET_DICT = "state.json", "dataset_dict.json"
 _SAVE_AGAIN = "save it again with save_to_disk() of `datasets`"
@@ -179,7 +179,8 @@ def _split_folder(folder: Path, split: str | None) -> Path:
 
 
 def _check_columns(columns: Sequence[str], options: RecordOptions, where: Path) -> None:
-    names = {name: options.fields.get(name, name) for name in ("text", "messages", "prompt", "completion")}
+    asked: tuple[ContentField, ...] = ("text", "messages", "prompt", "completion", "chosen")
+    names = {name: options.fields.get(name, name) for name in asked}
     if not set(columns) & set(names.values()):
         raise BadInput(
             f"none of the columns {', '.join(names.values())}; there are: {', '.join(columns)}",

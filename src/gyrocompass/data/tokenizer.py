@@ -16,7 +16,7 @@ counted; they are refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,9 @@ _SPECIAL_TOKENS = [END_OF_TEXT, PADDING, *ROLE_TOKENS.values()]
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, folder: Path, extra_special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer and save it.
 
     A text that contains the literal of a special token is read as plain text.
@@ -63,14 +65,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreT
         texts: what to learn merges from; read once.
         vocab_size: entries, special tokens included; a small text gives fewer.
         folder: where `tokenizer.json`, its config and the chat template are written.
+        extra_special_tokens: what else is a token by itself and stands for no text, such as sentinels.
 
     Raises:
-        BadInput: the vocabulary cannot hold the 256 bytes and the special tokens.
+        BadInput: the vocabulary cannot hold the 256 bytes and the special tokens, or two of those are one.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    special_tokens = [*_SPECIAL_TOKENS, *extra_special_tokens]
+    if len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
         raise BadInput(
-            f"{vocab_size} entries cannot hold the 256 bytes and {len(_SPECIAL_TOKENS)} special tokens",
-            fix=f"set vocab_size to {SMALLEST_VOCABULARY} or more",
+            f"special tokens are each another, and none is empty: {', '.join(special_tokens)}",
+            where="extra_special_tokens",
+        )
+    if vocab_size < 256 + len(special_tokens):
+        raise BadInput(
+            f"{vocab_size} entries cannot hold the 256 bytes and {len(special_tokens)} special tokens",
+            fix=f"set vocab_size to {256 + len(special_tokens)} or more",
         )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -80,7 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreT
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_SPECIAL_TOKENS,
+        special_tokens=special_tokens,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -91,7 +100,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreT
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
-        extra_special_tokens=list(ROLE_TOKENS.values()),
+        extra_special_tokens=[*ROLE_TOKENS.values(), *extra_special_tokens],
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

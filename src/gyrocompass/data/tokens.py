@@ -1,6 +1,6 @@
 """Tokens on disk and in memory: sharded Parquet with one row per document, and the flat arrays it opens as.
 
-    Document --tokenise--> TokenRow --write_tokens--> tokens-00000.parquet, ...
+    TokenRow --write_tokens--> tokens-00000.parquet, ...
     tokens-*.parquet --TokenDataset.open--> id_N, byte_N, weight_N, offset_D, ...
 
 A row keeps the document's id, slice and source beside its tokens, so that every number that is later computed
@@ -22,12 +22,12 @@ Shape legend: N tokens of all documents, D documents, S slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +35,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gyrocompass.core.errors import BadInput
-from gyrocompass.data.document import EXCERPT_LENGTH, Document, Message, Quarantined
-from gyrocompass.data.encode import Encoded, encode, encode_judged
-from gyrocompass.data.tokenizer import parallel_tokenizers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -62,7 +56,6 @@ TOKEN_SCHEMA = pa.schema(
 
 _ROW_GROUP_TOKENS = 2**20
 _SHARD_TOKENS = 2**26
-_BATCH_BYTES = 2**20
 
 
 class TokenRow(NamedTuple):
@@ -128,129 +121,6 @@ def write_tokens(
     elif shard == 0:
         pq.write_table(TOKEN_SCHEMA.empty_table(), folder / "tokens-00000.parquet")
     return counts
-
-
-class Tokenised(NamedTuple):
-    """What became of a stream of documents."""
-
-    counts: TokenCounts
-    quarantined: tuple[Quarantined, ...]
-
-
-def tokenise(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    *,
-    max_tokens: int | None = None,
-    on_progress: Callable[[int], object] = lambda n_bytes: None,
-) -> Tokenised:
-    """Encode documents and write them, batch by batch.
-
-    Args:
-        documents: of any kind; streamed.
-        tokenizer: any fast tokenizer.
-        folder: an existing folder; see `write_tokens`.
-        max_tokens: as for `token_rows`.
-        on_progress: called with the bytes of each batch of documents when it is encoded.
-
-    Returns:
-        What was written, and the documents in which nothing can be learned, each with its reason.
-    """
-    quarantined: list[Quarantined] = []
-
-    def rows() -> Iterator[TokenRow]:
-        for batch in _batches(documents):
-            for made in token_rows(batch, tokenizer, max_tokens):
-                if isinstance(made, Quarantined):
-                    quarantined.append(made)
-                else:
-                    yield from made
-            on_progress(sum(document.n_bytes for document in batch))
-
-    with parallel_tokenizers():
-        counts = write_tokens(folder, rows())
-    return Tokenised(counts, tuple(quarantined))
-
-
-def token_rows(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None
-) -> Iterator[list[TokenRow] | Quarantined]:
-    """Each document's rows: two for a preference, the chosen answer first, else one; or why it has none.
-
-    Args:
-        documents: a batch.
-        tokenizer: any fast tokenizer.
-        max_tokens: documents of more tokens, a preference's two sides together, are quarantined.
-    """
-    judged = [document for document in documents if document.kind == "preference" or document.labels]
-    plain = [document for document in documents if not (document.kind == "preference" or document.labels)]
-    sides = [side for document in judged for side in _sides(document)]
-    answers = zip(
-        [*plain, *sides], [*encode(plain, tokenizer), *encode_judged(sides, tokenizer)], strict=True
-    )
-    by_document: dict[int, list[Encoded | str]] = {id(document): [] for document in documents}
-    owners = [*plain, *(document for document in judged for _ in _sides(document))]
-    for owner, (_, answer) in zip(owners, answers, strict=True):
-        by_document[id(owner)].append(answer)
-    for document in documents:
-        yield _rows_or_reason(document, by_document[id(document)], max_tokens)
-
-
-def _sides(document: Document) -> tuple[Document, ...]:
-    """A preference as the two answers it compares; another judged answer as it is."""
-    if document.kind != "preference":
-        return (document,)
-    return tuple(
-        replace(document, kind="chat", messages=(*document.messages, Message("assistant", text)))
-        if document.messages
-        else replace(document, kind="completion", text=text)
-        for text in (document.text, document.rejected)
-    )
-
-
-def _rows_or_reason(
-    document: Document, encoded: Sequence[Encoded | str], max_tokens: int | None
-) -> list[TokenRow] | Quarantined:
-    reason = next((answer for answer in encoded if isinstance(answer, str)), None)
-    found = [answer for answer in encoded if not isinstance(answer, str)]
-    n_tokens = sum(len(answer.id_N) for answer in found)
-    if reason is None and max_tokens is not None and n_tokens > max_tokens:
-        reason = f"{n_tokens} tokens, and max_tokens is {max_tokens}"
-    if reason is None and len(found) == 2 and np.array_equal(found[0].id_N, found[1].id_N):
-        reason = "chosen and rejected are the same tokens"
-    if reason is not None:
-        excerpt = next(filter(None, document.texts), "")[:EXCERPT_LENGTH]
-        return Quarantined(document.path, None, reason, excerpt, document.source, document.id)
-    judged = len(found) == 2 or bool(document.labels)
-    names = [document.id] if len(found) == 1 else [f"{document.id}#chosen", f"{document.id}#rejected"]
-    labels = [dict(document.labels)] if len(found) == 1 else [{"side": s, **document.labels} for s in (1, 0)]
-    return [
-        TokenRow(
-            name,
-            document.slice,
-            document.source,
-            *answer,
-            document.split_key,
-            document.id if judged else "",
-            labels=numbers,
-        )
-        for name, answer, numbers in zip(names, found, labels, strict=True)
-    ]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Runs of documents of about a megabyte."""
-    batch: list[Document] = []
-    n_bytes = 0
-    for document in documents:
-        batch.append(document)
-        n_bytes += document.n_bytes
-        if n_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
 
 
 def _tables(

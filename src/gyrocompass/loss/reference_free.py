@@ -196,7 +196,7 @@ def tpo(
     if not torch.equal(golden.unit_S[order], pairs.sides(others.unit_S)[0]):
         raise BadInput(
             f"{len(golden)} gold answers are not one for each of {len(others) // 2} pairs",
-            fix="give each prompt a gold answer too: side 2",
+            fix="give each preference record a gold answer too: gold",
         )
     score = others.mean if length_normalised else others.sum
     margin_P = beta * torch.sub(*pairs.sides(score(log_probs.logprob_T))) - gamma

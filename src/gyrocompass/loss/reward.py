@@ -152,7 +152,8 @@ def process_reward(log_probs: TokenLogProbs, batch: Batch) -> Terms:
 
     Args:
         log_probs: with scalar_T.
-        batch: with the column `step_reward`: 1, 0, or a probability between, at the last token of each step.
+        batch: with the column `step_reward`: 1, 0, or a probability between, at the position that reads the
+            last token of each step.
 
     Returns:
         Terms [T] in nats.

@@ -26,6 +26,7 @@ from gyrocompass.recipe.stages.corpus import DocumentsStage, PairsStage, SplitSt
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStage
 from gyrocompass.recipe.stages.score import CompletionsStage, ScoreStage
+from gyrocompass.recipe.stages.teacher import TeacherTopKStage
 from gyrocompass.recipe.stages.tokens import ImportedTokenizerStage, TokenizerStage, TokensStage
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.train.metrics import MlflowConfig, mlflow_if_installed
@@ -39,6 +40,7 @@ AnyStage = Annotated[
     | ImportedTokenizerStage
     | TokensStage
     | ReferenceStage
+    | TeacherTopKStage
     | NewModelStage
     | ImportedModelStage
     | GgufModelStage

@@ -116,7 +116,8 @@ def disjointness(subject: Subject) -> Finding:
         for row in held_out
         if (name := next((name for name in _names(row, known) if name in path_of), None))
     ]
-    unlisted = set(subject.data.document_ids) - {row.document_id for row in learned}
+    in_data = {name.partition("#")[0] for name in subject.data.document_ids}  # a preference's sides are one
+    unlisted = in_data - {row.document_id for row in learned}
     return Finding(
         not shared and not unlisted and bool(held_out),
         f"{len(shared)} documents" + (f", {len(unlisted):,} not listed" if unlisted else ""),

@@ -16,6 +16,7 @@ from gyrocompass.loss.objective import parse_objectives
 from gyrocompass.loss.reduce import Reduction
 from gyrocompass.train.guard import GuardConfig
 from gyrocompass.train.optim import OptimizerConfig
+from gyrocompass.train.scheduled_sampling import ScheduledSamplingConfig
 from gyrocompass.train.stopping import EarlyStoppingConfig
 
 PRECISIONS = {
@@ -44,6 +45,9 @@ class TrainConfig(Config):
     objective: tuple[str | dict[str, Any], ...] = ("nll",)
     blend: BlendConfig | None = None
     """How the weights of objectives and slices adapt to what the run measures; None: they do not."""
+    scheduled_sampling: ScheduledSamplingConfig | None = None
+    """Let the model read some tokens of its own; NLLs of training are then under those, and the metrics have
+    the teacher-forced ones beside them."""
     reduction: Reduction = Reduction()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["float64", "float32", "bf16", "bf16_autocast"] = "float32"

@@ -215,8 +215,9 @@ class _Run:
             return True
         step_ledger = self._update(passed)
         rollout = {**self.source.metrics(), **passed.record.importance(self.world)}
+        forced = passed.record.teacher_forced(self.world) if self.config.scheduled_sampling else {}
         if self.world.is_first:
-            self._log(step_ledger, passed.loss, norm, weights, time.perf_counter() - started, rollout)
+            self._log(step_ledger, passed.loss, norm, weights, time.perf_counter() - started, rollout, forced)
         self._evaluate_if_due()
         if self.step % self.config.checkpoint_every_steps == 0:
             self._save()
@@ -232,6 +233,7 @@ class _Run:
             self.config,
             weights.objectives,
             self.world,
+            step=self.step,
             teacher=self.teacher,
             slice_weights=weights.slices,
             measure_norms=self.blend.reads_gradient_norms(self.step),
@@ -263,6 +265,7 @@ class _Run:
         weights: Weights,
         seconds: float,
         rollout: Mapping[str, float],
+        forced: Mapping[str, float],
     ) -> None:
         self.metrics.append(
             {
@@ -279,6 +282,7 @@ class _Run:
                 "objective_weights": weights.objectives,
                 "slice_weights": weights.slices,
                 **({"rollout": rollout} if rollout else {}),
+                **({"teacher_forced_nll_nats": forced} if forced else {}),
             }
         )
         self.shown = {"loss": loss, "tok/s": ledger.total.count / seconds}

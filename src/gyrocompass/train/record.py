@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gyrocompass.data.curriculum import REFERENCE
 from gyrocompass.data.tokens import TokenDataset
@@ -28,6 +29,9 @@ from gyrocompass.train.guard import TOTAL, Mean
 
 ROLLOUT = "rollout_logprob"
 """The column of what a sampler recorded."""
+
+GOLD = "gold_logprob"
+"""What the model says where it reads the data and nothing of its own."""
 
 
 class Alone(NamedTuple):
@@ -62,8 +66,22 @@ class StepRecord:
         self._objectives: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         self._importance = ImportanceSums()
 
-    def add(self, batch: Batch, log_probs: TokenLogProbs, objectives: Mapping[str, Tally]) -> None:
-        """Take one micro-batch: its tokens, and each objective's sums."""
+    def add(
+        self,
+        batch: Batch,
+        log_probs: TokenLogProbs,
+        objectives: Mapping[str, Tally],
+        *,
+        gold_logprob_T: Tensor | None = None,
+    ) -> None:
+        """Take one micro-batch: its tokens, and each objective's sums.
+
+        Args:
+            batch: the micro-batch.
+            log_probs: what the model said of it.
+            objectives: the sums of its terms.
+            gold_logprob_T: log p of its targets under its own inputs, where the model may have read others.
+        """
         counted_T = batch.weight_T > 0
         columns = {
             "nll": -log_probs.logprob_T,
@@ -77,6 +95,8 @@ class StepRecord:
             columns["top1"] = log_probs.rank_T == 0
         if log_probs.entropy_T is not None:
             columns["entropy"] = log_probs.entropy_T
+        if gold_logprob_T is not None:
+            columns[GOLD] = gold_logprob_T
         if ROLLOUT in batch.columns:
             self._importance += importance_sums(log_probs, batch)
         if REFERENCE in batch.columns:
@@ -98,6 +118,11 @@ class StepRecord:
         """
         excess_N = np.maximum(0.0, self._column("nll").astype(np.float64) + self._column(REFERENCE))
         return {name: nats / tokens for name, (nats, tokens) in self._by_slice(excess_N, world).items()}
+
+    def teacher_forced(self, world: World) -> dict[str, float]:
+        """Mean NLL by slice under gold inputs, over all ranks; the model read others (scheduled sampling)."""
+        sums = self._by_slice(-self._column(GOLD).astype(np.float64), world)
+        return {name: nats / tokens for name, (nats, tokens) in sums.items()}
 
     def importance(self, world: World) -> dict[str, float]:
         """How far sampler and learner are apart on rollouts, over all ranks; empty without rollouts."""

@@ -11,6 +11,10 @@ answers of all micro-batches of all ranks; the loss of the whole gives the gradi
 pass makes each answer again and sends its own gradient through the model (Gao et al. 2021, "GradCache",
 arXiv:2101.06983). The random state of each first pass is taken up by its second, so dropout is the same.
 
+With scheduled sampling the model reads inputs some of which are its own tokens, drawn once for each
+micro-batch. Only the model does: objectives see the batch as it was, so that what a term weighs depends on
+the data alone, and the record keeps what the model says under gold inputs too.
+
 Asked for, the norm of each objective's own gradient is measured at the final hidden states, by one more pass
 back through the head for each. Hidden states of different tokens are different variables, so squared norms
 add up over micro-batches and ranks.
@@ -40,6 +44,7 @@ from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.distributed import World
 from gyrocompass.train.optim import MainParameters
 from gyrocompass.train.record import StepRecord
+from gyrocompass.train.scheduled_sampling import scheduled_sampling
 from gyrocompass.train.source import Window
 
 
@@ -62,6 +67,7 @@ def window_gradients(
     weights: Mapping[str, float] | None = None,
     world: World = World(),  # noqa: B008  (immutable)
     *,
+    step: int = 0,
     teacher: nn.Module | None = None,
     slice_weights: Mapping[str, float] | None = None,
     measure_norms: bool = False,
@@ -77,6 +83,7 @@ def window_gradients(
         window: the whole window, the same on every rank.
         config: says the reduction, the precision and how the window is split.
         weights: of the objectives, by name; None: those of the first step.
+        step: the optimizer step, counted from 0; scheduled sampling depends on it.
         teacher: what objectives of distillation learn from.
         slice_weights: what the token weights of each slice are multiplied by, all above 0; none: by 1.
         measure_norms: whether to measure each objective's gradient norm.
@@ -85,7 +92,7 @@ def window_gradients(
     batches = [_reweighted(b, window, slice_weights or {}) for b in _micro_batches(window, config, world)]
     objective = objective.on_slices(window.data.slice_names)
     norms = _Norms(objective.names) if measure_norms else None
-    passing = _Passing(model, objective, config, weights, world, teacher, norms)
+    passing = _Passing(model, objective, config, weights, world, step, teacher, norms)
     record = StepRecord(window.data)
     if objective.whole_window and (world.size > 1 or len(batches) > 1):
         loss = passing.whole(batches, record)
@@ -116,6 +123,16 @@ class _Norms:
         return {name: math.sqrt(sums[name]) for name in self.squares}
 
 
+class _Read(NamedTuple):
+    """A micro-batch and what the model reads of it."""
+
+    batch: Batch
+    inputs: Batch
+    """The batch, or one with some inputs of the model's own."""
+    gold_logprob_T: Tensor | None
+    """log p of the targets under the batch's own inputs, where the model reads others."""
+
+
 class _Passing(NamedTuple):
     """A model and an objective, about to see a window."""
 
@@ -124,6 +141,7 @@ class _Passing(NamedTuple):
     config: TrainConfig
     weights: Mapping[str, float] | None
     world: World
+    step: int
     teacher: nn.Module | None
     norms: _Norms | None
 
@@ -140,14 +158,15 @@ class _Passing(NamedTuple):
         for batch in batches:
             known = self.objective.separable and self.norms is None
             loss_of = partial(_share, normaliser, self.objective, batch) if known else None
-            answer = self._answer(batch, loss_of)
+            read = self._read(batch)
+            answer = self._answer(read, loss_of)
             terms = self.objective(answer, batch)
             if self.norms is not None:
                 self.norms.add(normaliser.shares(terms, batch), _hidden(answer))
             reduced = normaliser.loss(terms, batch)
             reduced.loss.backward()
             loss += float(reduced.loss.detach())
-            record.add(batch, answer, reduced.report)
+            self._keep(record, read, answer, reduced.report)
         return loss
 
     def whole(self, batches: Sequence[Batch], record: StepRecord) -> float:
@@ -157,11 +176,12 @@ class _Passing(NamedTuple):
                 "this objective sees the whole window at once, and a rank has no row of it",
                 fix="raise rows_per_step to at least the number of ranks",
             )
+        reads = [self._read(batch) for batch in batches]
         first, random_states = [], []
-        for batch in batches:
+        for read in reads:
             random_states.append(_random_state(self.world.device))
             with torch.no_grad():
-                first.append(self._answer(batch, None))
+                first.append(self._answer(read, None))
         joined, place = _joined_batches(batches, self.world)
         answer = _joined_answers(first, self.world)
         normaliser = normalise(self.objective, [joined], self.weights, reduction=self.config.reduction)
@@ -171,34 +191,51 @@ class _Passing(NamedTuple):
         reduced = normaliser.loss(terms, joined)
         slopes_of_loss = _slopes(reduced.loss, answer)
         report: dict[str, Tally] = reduced.report if self.world.is_first else {}
-        for batch, seen, random_state in zip(batches, first, random_states, strict=True):
-            positions = slice(place, place := place + len(batch.token_T))
+        for read, seen, random_state in zip(reads, first, random_states, strict=True):
+            positions = slice(place, place := place + len(read.batch.token_T))
             own_slopes = {name: _at(positions, slopes) for name, slopes in by_objective.items()}
             _restore_random_state(random_state)
-            self._again(batch, _at(positions, slopes_of_loss), own_slopes)
-            record.add(batch, seen, report)
+            self._again(read, _at(positions, slopes_of_loss), own_slopes)
+            self._keep(record, read, seen, report)
             report = {}
         return float(reduced.loss.detach()) if self.world.is_first else 0.0
 
     def _again(
-        self, batch: Batch, slopes: Mapping[str, Tensor], by_objective: Mapping[str, Mapping[str, Tensor]]
+        self, read: _Read, slopes: Mapping[str, Tensor], by_objective: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         """The second pass of a micro-batch: the gradient of its answer goes through the model."""
         surrogate = partial(_linear, slopes)
-        answer = self._answer(batch, surrogate if self.norms is None else None)
+        answer = self._answer(read, surrogate if self.norms is None else None)
         if self.norms is not None:
             shares = {name: _linear(own, answer) for name, own in by_objective.items()}
             self.norms.add(shares, _hidden(answer))
         surrogate(answer).backward()
 
-    def _answer(self, batch: Batch, expect: Expect | None) -> TokenLogProbs:
+    def _read(self, batch: Batch) -> _Read:
+        """What the model is to read of a micro-batch; where that is its own, it is drawn here."""
+        sampling = self.config.scheduled_sampling
+        if sampling is None:
+            return _Read(batch, batch, None)
+        with precision(self.world.device, self.config.precision == "bf16_autocast"):
+            mixed = scheduled_sampling(self.model, batch, sampling, self.step)
+        return _Read(batch, mixed.batch, mixed.teacher_forced_T)
+
+    def _keep(
+        self, record: StepRecord, read: _Read, answer: TokenLogProbs, report: Mapping[str, Tally]
+    ) -> None:
+        """Enter a micro-batch into the record; with scheduled sampling, also its NLL under gold inputs."""
+        gold_T = answer.logprob_T if read.gold_logprob_T is None else read.gold_logprob_T
+        sampled = self.config.scheduled_sampling is not None
+        record.add(read.batch, answer, report, gold_logprob_T=gold_T if sampled else None)
+
+    def _answer(self, read: _Read, expect: Expect | None) -> TokenLogProbs:
         measured = frozenset({"hidden"}) if self.norms is not None else frozenset[str]()
         with precision(self.world.device, self.config.precision == "bf16_autocast"):
             return log_probs(
                 self.model,
-                batch,
+                read.inputs,
                 want=self.objective.wants | {"rank", "entropy"} | measured,
-                candidate_TC=self.objective.candidates(batch),
+                candidate_TC=self.objective.candidates(read.batch),
                 expect=expect,
                 divergences=self.objective.divergences,
                 teacher=self.teacher,

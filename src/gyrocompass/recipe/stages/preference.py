@@ -10,12 +10,13 @@ from pydantic import Field
 from gyrocompass.core.artifact import Draft
 from gyrocompass.data.corrupt import preferences
 from gyrocompass.data.document import read_documents
-from gyrocompass.data.tokens import TokenDataset, write_tokens
+from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.score import evaluating, scored_tokens
 from gyrocompass.recipe.stage import DocumentsName, ModelName, Stage, TokensName, Workplace
 from gyrocompass.recipe.stages.corpus import counting, write_stage_records
 from gyrocompass.recipe.stages.model import open_model
+from gyrocompass.recipe.stages.tokens import write_again
 from gyrocompass.train.config import PRECISIONS
 
 REFERENCE = "reference_logprob"
@@ -61,5 +62,4 @@ class ReferenceStage(Stage):
                 logprob_N[part.index_K] = part.logprob_K
                 task.advance(len(part.index_K))
         task.finish()
-        counts = write_tokens(draft.path, data.with_column(REFERENCE, logprob_N).rows())
-        draft.counts |= {"documents": counts.documents, "tokens": counts.tokens, "targets": counts.targets}
+        write_again(workplace, draft, data.with_column(REFERENCE, logprob_N))

@@ -106,6 +106,8 @@ class TrainStage(Stage, TrainConfig):
             if self.rollouts is None and getattr(self, field):
                 raise ValueError(f"{field} goes with rollouts")
         if self.rollouts is not None:
+            if self.scheduled_sampling is not None:
+                raise ValueError("scheduled_sampling goes with data: a rollout is the model's own already")
             if not (self.prompts and self.rewards and self.steps):
                 raise ValueError("rollouts need prompts, rewards and steps")
             try:
