@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 from safetensors.torch import load_file
 from test_loop import (
     InterruptAfter,
     assert_parameters_agree,
     config,
-    run_on_ranks,
     trained,
 )
 from tiny_run import tiny_data, tiny_model
 
+import processes
 from gyrocompass.core.errors import Interrupted
 from gyrocompass.loss.registry import OBJECTIVES, objective
 from gyrocompass.loss.signal import Batch, Terms, TokenLogProbs
@@ -71,11 +72,12 @@ def test_an_objective_of_the_whole_window_reads_the_same_inputs_in_both_passes(t
     assert_parameters_agree(split, whole, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     settings_ = sampled(rows_per_step=5, rows_per_micro_batch=2)
     one, _ = trained(tmp_path / "one", settings_)
-    assert run_on_ranks(2, tmp_path / "two", settings_, "--no-dropout") == 0
+    (tmp_path / "two").mkdir()
+    arguments = [str(tmp_path / "two"), settings_.model_dump_json(), "--no-dropout"]
+    assert processes.run_ranks(2, tiny_run.main, arguments) == [0, 0]
     two = load_file(tmp_path / "two" / "result.safetensors")
     for name, parameter in one.named_parameters():
         torch.testing.assert_close(two[name], parameter.detach(), rtol=1e-10, atol=1e-12)
