@@ -3,7 +3,7 @@
     y = bf16(x w^T + b)        dx = bf16(dy w)        dw = bf16(dy^T x)        each product in float32
 
 Where a processor multiplies no bf16, torch does it element by element: the three products of a layer over
-2,048 tokens take 17 times as long as float32 ones (decision 0013). Widening costs a copy of each factor,
+2,048 tokens take 17 times as long as float32 ones (decision 0016). Widening costs a copy of each factor,
 which is little beside a product of many rows; a single row stays narrow. The result is what bf16 units give:
 float32 sums, rounded at the end. Weights, what is kept for the backward pass and gradients stay bf16.
 
