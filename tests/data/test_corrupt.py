@@ -40,6 +40,7 @@ def test_one_token_apart_with_the_effect(code: str, fault: Fault) -> None:
 def test_what_is_no_code_has_no_worse_code() -> None:
     assert corrupted("Returns the value.", "broken") is None
     assert corrupted("x = y", "wrong") is None
+    assert corrupted("x = 1\\\n", "broken") is None  # the parser forgives what the tokenizer does not
 
 
 def test_preferences_stay_with_their_origin() -> None:

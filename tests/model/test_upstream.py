@@ -18,6 +18,10 @@ from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
 SAMPLING = Sampling(max_new_tokens=5, end_ids=(0,))
 
 
+CUT_SHORT: dict[str, Any] = {"choices": []}
+"""An answer of which the end never comes."""
+
+
 class Server(ThreadingHTTPServer):
     """Gives the answers it is told to, one status and body after the other; the last one for good."""
 
@@ -36,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         status, body = self.server.answers[number]
         data = json.dumps(body(asked) if callable(body) else body).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + (100 if body is CUT_SHORT else 0)))
         self.end_headers()
         self.wfile.write(data)
 
@@ -77,6 +81,7 @@ def test_ids_go_in_and_come_out() -> None:
     asked = sorted(server.asked, key=lambda request: request["seed"])
     assert [request["prompt"] for request in asked] == [[1, 2], [3]]
     assert asked[0]["max_tokens"] == 5 and asked[0]["return_tokens_as_token_ids"] is True
+    assert (asked[0]["top_p"], asked[0]["top_k"], asked[0]["repetition_penalty"]) == (1.0, -1, 1.0)
 
 
 def test_what_passes_is_tried_again() -> None:
@@ -91,6 +96,21 @@ def test_what_does_not_pass_is_said() -> None:
     with serving((500, {"error": "no memory"})) as (_, config), pytest.raises(GyroError) as raised:
         sampled(config)
     assert "failed 3 times in a row: HTTP 500" in str(raised.value) and raised.value.exit_code == 1
+
+
+def test_an_engine_that_dies_in_the_middle_of_an_answer_is_asked_again() -> None:
+    with serving((200, CUT_SHORT), (200, counting)) as (_, config):
+        config = config.model_copy(update={"parallel_requests": 1})
+        assert len(sampled(config)) == 2
+
+
+def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving((200, counting)) as (_, config):
+        config = config.model_copy(update={"api_key_env": "ENGINE_KEY"})
+        with pytest.raises(BadInput, match="the environment has no ENGINE_KEY"):
+            sampled(config)
+        monkeypatch.setenv("ENGINE_KEY", "secret")
+        assert len(sampled(config)) == 2
 
 
 def test_nobody_there() -> None:

@@ -124,7 +124,7 @@ def test_rollouts_and_the_watch_leave_their_rows(finished: Path) -> None:
     assert all(row["rollout"]["largest_gap_nats"] < 1e-4 for row in rows)
     assert rows[0]["objective"]["reference_kl"] >= 0
     looks = [json.loads(line) for line in (folder / "watch.jsonl").read_text().splitlines()]
-    assert [look["step"] for look in looks] == [1, 2] and looks[0]["samples"] == 6
+    assert [look["step"] for look in looks] == [0, 1, 2] and looks[0]["samples"] == 6
 
 
 def test_the_report_compares_the_models(finished: Path) -> None:
@@ -153,6 +153,9 @@ def test_a_sample_leads_back_to_its_documents(finished: Path) -> None:
         ("reinforced", {"rewards": ["parse"]}, "unknown reward 'parse'; did you mean parses"),
         ("reinforced", {"rollouts": None}, "give one of data and rollouts"),
         ("reinforced", {"steps": None, "epochs": 1}, "rollouts need prompts, rewards and steps"),
+        ("reinforced", {"rollouts": {"samples_per_prompt": 1}}, "set rollouts.samples_per_prompt to 2"),
+        ("reinforced", {"rollouts": {"advantage": {"kind": "gae"}}}, "need `scalar_head: true`"),
+        ("reinforced", {"engine": {"url": "here", "model": "m"}}, "valid URL"),
         ("preferring", {"objective": ["dppo"]}, "unknown objective 'dppo'"),
         ("align_preferring", {"rewards": []}, "prompts and rewards go together"),
     ],

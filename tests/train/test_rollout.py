@@ -157,6 +157,21 @@ def test_a_resumed_run_learns_from_the_same_samples(tmp_path: Path, ahead: int) 
     assert [row["rollout"]["staleness_steps"] for row in rows(died)][-1] == ahead
 
 
+def test_a_window_is_learned_from_as_often_as_asked(tmp_path: Path) -> None:
+    model = tiny()
+    attach_scalar_head(model)
+    values = partial(score_values, model, LENGTH, 8)
+    source = source_of(model, updates=3, advantage={"kind": "gae"}, values=values)
+    objective = [{"clipped_surrogate": {}}, {"value_loss": {"weight": 0.5}}]
+    train(model, source, config(steps=4, objective=objective), tmp_path)
+    rewards = [row["rollout"]["reward"] for row in rows(tmp_path)]
+    gaps = [row["rollout"]["largest_gap_nats"] for row in rows(tmp_path)]
+    assert rewards[0] == rewards[1] == rewards[2] and gaps[0] < 1e-4 < gaps[2]
+    assert [row["rollout"]["staleness_steps"] for row in rows(tmp_path)] == [0, 1, 2, 0]
+    first, second = source.next(4), source.next(5)
+    assert np.array_equal(first.packed.columns["value"], second.packed.columns["value"], equal_nan=True)
+
+
 def test_gae_brings_values_and_returns(tmp_path: Path) -> None:
     model = tiny()
     attach_scalar_head(model)
@@ -176,6 +191,7 @@ def test_gae_brings_values_and_returns(tmp_path: Path) -> None:
         ({"max_new_tokens": 40}, "do not fit into rows of 24"),
         ({"advantage": {"beta": 0.1}}, "needs a reference"),
         ({"advantage": {"kind": "gae"}}, "needs a value head"),
+        ({"advantage": {"kind": "leave_one_out", "scale": "group"}}, "are not scaled"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_sample(changes: dict[str, Any], message: str) -> None:
@@ -218,4 +234,5 @@ def test_the_watch_ends_a_run_whose_reward_is_gamed(tmp_path: Path) -> None:
     assert looks[-1]["proxy"]["value"] > looks[0]["proxy"]["value"]
     assert looks[-1]["gold"]["value"] < looks[0]["gold"]["value"]
     assert outcome.best_step is not None and outcome.best_step < outcome.steps
+    assert looks[0]["step"] == 0 and looks[0]["kl_nats"] == pytest.approx(0, abs=1e-4)
     assert looks[-1]["kl_nats"] > looks[0]["kl_nats"]

@@ -4,11 +4,11 @@
 
 A change is made to one token of the text, so that nothing else (layout, comments) tells the two apart:
 
-    broken   a bracket, colon or quote is gone, so that the code no longer compiles
-    wrong    an operator or a constant is turned into another, so that it compiles and does something else
+    broken   a bracket or a colon is gone, so that the code no longer parses
+    wrong    an operator or a constant is turned into another, so that it parses and says something else
 
-Which token is decided by the hash of the code. That the first kind no longer compiles, and that the second
-still does, is checked.
+Which token is decided by the hash of the code. That the first kind no longer parses, and that the second
+still does, is checked; that the second does something else when it runs is not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAULTS: tuple[Fault, ...] = ("broken", "wrong")
 
 TURNED = {
     "==": "!=", "!=": "==", "<": ">=", ">=": "<", ">": "<=", "<=": ">", "+": "-", "-": "+", "*": "+",
-    "and": "or", "or": "and", "True": "False", "False": "True", "is": "==", "0": "1", "1": "0",
+    "and": "or", "or": "and", "True": "False", "False": "True", "0": "1", "1": "0",
 }  # fmt: skip
 """What each token is turned into in code that is wrong."""
 
@@ -75,14 +75,17 @@ def corrupted(code: str, fault: Fault) -> str | None:
     >>> corrupted("def f(x):\\n    return x + 1", "wrong")
     'def f(x):\\n    return x + 0'
     """
-    if not _compiles(code):
+    if not _parses(code):
         return None
     change: Callable[[str, _Token], str | None] = _without if fault == "broken" else _turned
-    tokens = _tokens(code)
+    try:
+        tokens = _tokens(code)
+    except tokenize.TokenError:  # what the parser forgives: a backslash at the very end
+        return None
     random.Random(hashlib.sha256(f"{fault}\0{code}".encode()).digest()).shuffle(tokens)
     for token in tokens:
         worse = change(code, token)
-        if worse is not None and _compiles(worse) == (fault == "wrong"):
+        if worse is not None and _parses(worse) == (fault == "wrong"):
             return worse
     return None
 
@@ -112,7 +115,7 @@ def _tokens(code: str) -> list[_Token]:
     ]
 
 
-def _compiles(code: str) -> bool:
+def _parses(code: str) -> bool:
     try:
         python_code.parse(code)
     except python_code.NOT_PYTHON:

@@ -13,7 +13,9 @@ Left out: handing new weights to the server, which is done beside it; streaming.
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, HttpUrl
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput, GyroError
@@ -33,15 +35,15 @@ _TOKEN = "token_id:"
 class UpstreamConfig(Config):
     """Where the server is, and how patient we are with it."""
 
-    url: str
+    url: HttpUrl
     """Without /v1/completions."""
     model: str
     """The name that the server gives it."""
     timeout_s: float = Field(default=120.0, gt=0)
     attempts: int = Field(default=4, ge=1)
     parallel_requests: int = Field(default=16, ge=1)
-    key: str | None = None
-    """Sent as a bearer token."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key, if the server wants one; the key itself is no config."""
 
 
 def sample_upstream(
@@ -67,7 +69,7 @@ def sample_upstream(
 
 
 def _request(config: UpstreamConfig, prompt: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
-    request: dict[str, Any] = {
+    return {
         "model": config.model,
         "prompt": list(prompt),
         "max_tokens": sampling.max_new_tokens,
@@ -76,19 +78,27 @@ def _request(config: UpstreamConfig, prompt: Sequence[int], seed: int, sampling:
         "logprobs": 1,
         "return_tokens_as_token_ids": True,
         "stop_token_ids": sorted(sampling.end_ids),
+        # All of them are said: a server may else take its model's own defaults, and draw from another
+        # distribution than the one whose log-probabilities it gives.
+        "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+        "top_k": -1 if sampling.top_k is None else sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
-    if sampling.top_p is not None:
-        request["top_p"] = sampling.top_p
-    if sampling.top_k is not None:
-        request["top_k"] = sampling.top_k
-    return request
 
 
 def _post(config: UpstreamConfig, body: dict[str, Any], sleep: Callable[[float], None]) -> Any:
     headers = {"Content-Type": "application/json"}
-    if config.key is not None:
-        headers["Authorization"] = f"Bearer {config.key}"
-    url = f"{config.url.rstrip('/')}/v1/completions"
+    if config.api_key_env is not None:
+        if config.api_key_env not in os.environ:
+            raise BadInput(
+                f"the environment has no {config.api_key_env}, which holds the engine's key",
+                fix=f"export {config.api_key_env}=...",
+            )
+        headers["Authorization"] = f"Bearer {os.environ[config.api_key_env]}"
+    url = f"{str(config.url).rstrip('/')}/v1/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     failure = ""
     for attempt in range(config.attempts):
@@ -101,7 +111,8 @@ def _post(config: UpstreamConfig, body: dict[str, Any], sleep: Callable[[float],
             failure = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
             if error.code != 429 and error.code < 500:
                 raise BadInput(f"the engine refuses a request: {failure}", where=url) from error
-        except (OSError, ValueError) as error:  # refused, reset, timed out; an answer that is no JSON
+        # refused, reset, timed out; cut off in the middle; an answer that is no JSON
+        except (OSError, http.client.HTTPException, ValueError) as error:
             failure = str(error) or type(error).__name__
     raise GyroError(
         f"the engine failed {config.attempts} times in a row: {failure}",
@@ -121,9 +132,9 @@ def _read(config: UpstreamConfig, answer: Any, sampling: Sampling) -> Sampled:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
             f"the engine does not answer with token ids and their log-probabilities: {error!r}",
-            where=config.url,
+            where=str(config.url),
             fix="use a server that knows `return_tokens_as_token_ids`, such as vLLM",
         ) from error
     if not ids:
-        raise BadInput("the engine answered with no token at all", where=config.url)
+        raise BadInput("the engine answered with no token at all", where=str(config.url))
     return Sampled(ids, recorded, ids[-1] in sampling.end_ids)

@@ -108,8 +108,8 @@ def train(
         teacher: what objectives of distillation learn from, in evaluation mode on the same device.
         folder: checkpoints, metrics.jsonl, evaluations.jsonl and incidents.jsonl live here.
         evaluate: called every `evaluate_every_steps` and at the end.
-        watch: looks at the model as often, and may say that the run is over; the parameters that it found
-            best are then those that stay.
+        watch: looks at the model as often and before the first step, and may say that the run is over; the
+            parameters that it found best are then those that stay.
 
     Raises:
         Interrupted: Ctrl-C; the state is saved.
@@ -169,6 +169,8 @@ class _Run:
         """Resume or begin, step to the end, and leave the best parameters in the model."""
         if not self._resume():
             torch.manual_seed(self.config.seed * 100_003 + self.world.rank)
+            if self.watch is not None:
+                self._look(self.watch)
             self._save()
         task = self.progress.task(label, self.steps, unit="step", done=self.step)
         with interrupt_flag() as interrupted:

@@ -96,6 +96,8 @@ class RolloutConfig(Config):
     slots: int = Field(default=16, ge=1)
     """Sequences that the embedded engine writes at the same time."""
     ahead_steps: int = Field(default=0, ge=0)
+    updates: int = Field(default=1, ge=1)
+    """Steps that learn from each window, one after the other (PPO's epochs)."""
     advantage: AdvantageConfig = AdvantageConfig()
     seed: int = Field(default=0, ge=0)
 
@@ -109,6 +111,8 @@ class _Answer(NamedTuple):
     finished: bool
     reward: float
     parts: dict[str, float]
+    values: list[float]
+    """What the value head said when it was sampled; empty without one."""
 
 
 class _Waiting(NamedTuple):
@@ -118,6 +122,8 @@ class _Waiting(NamedTuple):
     step: int
     """When it was sampled."""
     answers: list[_Answer]
+    updates: int = 0
+    """Steps that have learned from it."""
 
 
 class RolloutSource:
@@ -164,7 +170,10 @@ class RolloutSource:
         while len(self.waiting) <= self.config.ahead_steps:
             self.waiting.append(_Waiting(self.number, step, self._sample(self.number)))
             self.number += 1
-        return self._window(self.waiting.popleft(), step)
+        waiting = self.waiting.popleft()
+        if waiting.updates + 1 < self.config.updates:
+            self.waiting.appendleft(waiting._replace(updates=waiting.updates + 1))
+        return self._window(waiting, step)
 
     def windows(self) -> None:
         """There is no end."""
@@ -175,15 +184,17 @@ class RolloutSource:
 
     def state(self) -> dict[str, Any]:
         """The number of the next window to sample, and the windows that wait."""
-        waiting = [[w.number, w.step, [list(answer) for answer in w.answers]] for w in self.waiting]
+        waiting = [
+            [w.number, w.step, [list(answer) for answer in w.answers], w.updates] for w in self.waiting
+        ]
         return {"number": self.number, "waiting": waiting}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Source`."""
         self.number = state["number"]
         self.waiting = deque(
-            _Waiting(number, step, [_Answer(*answer) for answer in answers])
-            for number, step, answers in state["waiting"]
+            _Waiting(number, step, [_Answer(*answer) for answer in answers], updates)
+            for number, step, answers, updates in state["waiting"]
         )
 
     def fingerprint(self) -> str:
@@ -209,12 +220,29 @@ class RolloutSource:
         samples = [self._as_sample(prompt, one) for (prompt, _, _), one in zip(asked, sampled, strict=True)]
         scored = self.reward.scored(samples)
         parts = [{name: values[nth] for name, values in scored.parts.items()} for nth in range(len(samples))]
+        values = self._values([prompt for prompt, _, _ in asked], sampled)
         own = [
-            _Answer(prompt, one.token_ids, one.logprobs, one.finished, reward, part)
-            for (prompt, _, _), one, reward, part in zip(asked, sampled, scored.total, parts, strict=True)
+            _Answer(prompt, *one, reward, part, value)
+            for (prompt, _, _), one, reward, part, value in zip(
+                asked, sampled, scored.total, parts, values, strict=True
+            )
         ]
         gathered = self.world.gather_json([list(answer) for answer in own])
         return [_Answer(*answer) for answers in gathered for answer in answers]
+
+    def _values(self, asked: Sequence[int], sampled: Sequence[Sampled]) -> list[list[float]]:
+        """What the value head says of each written token, now."""
+        if self.values is None or not asked:
+            return [[] for _ in asked]
+        dataset = TokenDataset.of(
+            sample_row(str(nth), self.prompts[prompt], one.token_ids)
+            for nth, (prompt, one) in enumerate(zip(asked, sampled, strict=True))
+        )
+        value_N = self.values(dataset)
+        ends = dataset.offset_D[1:].tolist()
+        return [
+            value_N[end - len(one.token_ids) : end].tolist() for end, one in zip(ends, sampled, strict=True)
+        ]
 
     def _drawn(self, number: int) -> list[int]:
         """The prompts of a window: the permutations of all epochs, one after the other."""
@@ -261,7 +289,8 @@ class RolloutSource:
             f"{prompt.id}@{number}.{nth}",
             prompt,
             answer.token_ids,
-            columns={"rollout_logprob": [*before, *answer.logprobs]},
+            columns={"rollout_logprob": [*before, *answer.logprobs]}
+            | ({"value": [*before, *answer.values]} if answer.values else {}),
             labels={"reward": answer.reward, "truncated": float(not answer.finished)},
         )
 
@@ -276,8 +305,6 @@ class RolloutSource:
         logprob_K = _column(dataset, "rollout_logprob", said_N)
         reference_K = logprob_K if self.reference is None else _column(dataset, "reference_logprob", said_N)
         if config.kind == "gae":
-            assert self.values is not None
-            dataset = dataset.with_column("value", self.values(dataset))
             reward_K = token_rewards(reward_S, sequence_K, logprob_K, reference_K, beta=config.beta)
             value_K = _column(dataset, "value", said_N)
             advantage_K, return_K = generalised_advantages(
@@ -370,6 +397,10 @@ def _check(
         raise BadInput(
             f"advantages by {advantage.kind} compare the samples of a prompt, and there is one",
             fix="set samples_per_prompt to 2 or more, or the advantage's kind to gae",
+        )
+    if advantage.kind != "group" and advantage.scale != "none":
+        raise BadInput(
+            f"advantages by {advantage.kind} are not scaled", fix="leave `scale` out, or take the kind group"
         )
     if advantage.beta and not has_reference:
         raise BadInput("a distance in the reward needs a reference", fix="name one: `reference: STAGE`")

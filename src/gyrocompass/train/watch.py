@@ -4,7 +4,8 @@
           --GamingMonitor-->           go on, or: gold has been falling while the proxy rises; go back
 
 The prompts and seeds are the same at every look, so that looks are comparable. Each look is a row of
-`watch.jsonl`. The loop keeps the parameters of the look with the best gold reward.
+`watch.jsonl`, the first one before the first step. Where the watch ends a run, the loop goes back to the
+parameters of the look with the best gold reward.
 
 Left out: what is done about it, which is the user's: another reward, a stronger tie to the reference.
 
@@ -25,6 +26,7 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig, GamingMonitor, Judged, Row
 from gyrocompass.measure.reward import Sample, WeightedSum
 from gyrocompass.measure.rewards.text import distinct_share
+from gyrocompass.train.distributed import World
 from gyrocompass.train.metrics import MetricLog
 from gyrocompass.train.rollout import Annotate, FloatArray, Generate, Prompt, sample_row
 
@@ -61,6 +63,7 @@ class GamingWatch:
         reference: log-probabilities of the reference.
         config: see `WatchConfig`.
         folder: where watch.jsonl is written; None on ranks that do not write.
+        world: this process among its peers.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class GamingWatch:
         reference: Annotate,
         config: WatchConfig,
         folder: Path | None,
+        world: World = World(),  # noqa: B008  (immutable)
     ) -> None:
         self.prompts = prompts[: config.prompts]
         self.generate, self.decode, self.proxy, self.gold = generate, decode, proxy, gold
-        self.score, self.reference, self.config = score, reference, config
+        self.score, self.reference, self.config, self.world = score, reference, config, world
         self.monitor = GamingMonitor(config.halt)
         self.log = None if folder is None else MetricLog(folder / "watch.jsonl")
         self.is_over = False
@@ -89,7 +93,9 @@ class GamingWatch:
 
     def look(self, step: int) -> str | None:
         """See `loop.Watch`."""
-        verdict = self.monitor.observe(step, self._judged())
+        # Every rank judges alike but for rounding and clocks; all take the first one's word.
+        first = self.world.gather_json([list(judged) for judged in self._judged()])[0]
+        verdict = self.monitor.observe(step, [Judged(*judged) for judged in first])
         if self.log is not None:
             self.log.append(as_json(self.monitor.rows[-1]))
         if verdict is None:

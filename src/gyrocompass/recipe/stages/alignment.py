@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gyrocompass.core.artifact import Draft
-from gyrocompass.core.errors import ConfigError
+from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
@@ -103,6 +103,12 @@ class AlignmentStage(Stage):
     ) -> None:
         data = TokenDataset.open(workplace.input("pairs"))
         check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
+        if "side" not in data.labels or not np.isin(data.labels["side"], (0, 1)).all():
+            raise BadInput(
+                "these tokens are not pairs of a chosen and a rejected answer",
+                where=f"stages.{workplace.name}.pairs",
+                fix="give tokens of preferences",
+            )
         own_D = _sums(data, score_logprobs(model, self.sequence_length, self.rows_per_batch, data))
         margins = {"preferred by log-probability": _margins(data, own_D)}
         if reference is not None:

@@ -25,7 +25,7 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.head import hidden_states
 from gyrocompass.model.sampler import Sampled, Sampling, end_ids, sample
-from gyrocompass.model.scalar_head import scalars
+from gyrocompass.model.scalar_head import has_scalar_head, scalars
 from gyrocompass.model.score import ScoredTokens, batches_of, evaluating, scored_tokens
 from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
 from gyrocompass.train.distributed import World
@@ -153,7 +153,9 @@ def rollout_source(
         config,
         length,
         reference=None if reference is None else partial(score_logprobs, reference, length, rows),
-        values=partial(score_values, model, length, rows) if wants_values else None,
+        values=partial(score_values, model, length, rows)
+        if wants_values and has_scalar_head(model)
+        else None,
         world=world,
     )
 
@@ -169,6 +171,7 @@ def gaming_watch(
     length: int,
     rows: int,
     folder: Path | None,
+    world: World,
 ) -> GamingWatch:
     """A stage's watch against gamed rewards."""
     return GamingWatch(
@@ -181,4 +184,5 @@ def gaming_watch(
         partial(score_logprobs, reference, length, rows),
         config,
         folder,
+        world,
     )

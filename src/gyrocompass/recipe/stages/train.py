@@ -116,11 +116,27 @@ class TrainStage(Stage, TrainConfig):
                     parse_rewards(self.watch.gold, where="watch.gold")
             except ConfigError as error:
                 raise ValueError(str(error)) from error
+            self._check_what_rollouts_leave_out(self.rollouts)
+        if self.watch is not None and self.early_stopping is not None:
+            raise ValueError("watch and early_stopping both keep the best parameters: choose one")
         if self.watch is not None and not (
             self.watch_prompts and self.reference and self.evaluate_every_steps
         ):
             raise ValueError("watch needs watch_prompts, reference and evaluate_every_steps")
         return self
+
+    def _check_what_rollouts_leave_out(self, rollouts: RolloutConfig) -> None:
+        if rollouts.advantage.kind == "gae" and not self.scalar_head:
+            raise ValueError("advantages by gae need `scalar_head: true`")
+        if rollouts.advantage.kind != "gae" and rollouts.samples_per_prompt < 2:
+            raise ValueError(
+                "advantages compare the samples of a prompt: set rollouts.samples_per_prompt to 2"
+            )
+        if rollouts.advantage.beta and not self.reference:
+            raise ValueError("rollouts.advantage.beta needs a reference")
+        for field in ("slice_weights", "curriculum"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"{field} goes with data, not with rollouts")
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """See the module docstring."""
@@ -213,6 +229,7 @@ class TrainStage(Stage, TrainConfig):
             length,
             rows,
             folder,
+            workplace.world,
         )
 
     def _teacher(self, workplace: Workplace, student: nn.Module) -> nn.Module | None:
@@ -264,7 +281,8 @@ class TrainStage(Stage, TrainConfig):
             "bytes": total.bytes,
             "skipped_windows": len(outcome.skipped_windows),
         }
-        if self.early_stopping and outcome.best_step is not None:
+        halted = self.watch is not None and outcome.stopped_early
+        if (self.early_stopping or halted) and outcome.best_step is not None:
             draft.counts["best_step"] = outcome.best_step
 
     def _tracker(self, workplace: Workplace) -> MlflowTracker | None:
