@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -m "not slow"
 SOURCES := pyproject.toml constraints.txt
 
 .PHONY: demo demo-small test test-slow check bench bench-align clean
@@ -13,8 +14,12 @@ demo: $(VENV)/.installed-demo
 demo-small: $(VENV)/.installed-demo
 	$(BIN)/gyro demo --small
 
+# Two halves at once, a core each: the losses, and everything else. The losses speak when both are done.
 test: $(VENV)/.installed-check
-	$(BIN)/python -m pytest -m "not slow"
+	@losses=$$(mktemp); export OMP_NUM_THREADS=1; \
+	$(PYTEST) tests/loss >$$losses 2>&1 & half=$$!; trap "kill $$half 2>/dev/null; rm -f $$losses" EXIT; \
+	$(PYTEST) --ignore=tests/loss; status=$$?; \
+	wait $$half || status=$$?; cat $$losses; exit $$status
 
 test-slow: $(VENV)/.installed-check
 	$(BIN)/python -m pytest -m slow

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,12 +138,30 @@ def test_report_is_made_again_from_the_store(finished_run: FinishedRun, gyro: Ru
     assert code == 2 and "did you mean tiny" in err
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in MLflow's own code
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+class Remembering:
+    """A tracker that keeps what it was told; MLflow itself is tested where it is called."""
+
+    def __init__(self, *_: object) -> None:
+        self.told: list[int] = []
+        TRACKERS.append(self)
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        self.told += [row["step"] for row in rows]
+
+    def last_step(self) -> int:
+        return max(self.told, default=0)
+
+    def close(self) -> None:
+        pass
+
+
+TRACKERS: list[Remembering] = []
+
+
 def test_train_makes_a_model_that_transformers_loads(
-    finished_run: FinishedRun, gyro: Run, tmp_path: Path
+    finished_run: FinishedRun, gyro: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gyrocompass.recipe.stages.train.MlflowTracker", Remembering)
     data = tmp_path / "chats.jsonl"
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"yes {n}"}]}
@@ -153,7 +172,7 @@ def test_train_makes_a_model_that_transformers_loads(
     model = artifact(finished_run, "fine_tuned")
     code, _, err = gyro("train", model, data, "--store", tmp_path / "store", "--out", out)
     assert code == 0, err
-    assert (tmp_path / "store" / "mlflow.db").exists(), "tracked where mlflow is installed"
+    assert [bool(tracker.told) for tracker in TRACKERS] == [True], "tracked where mlflow is installed"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == len(

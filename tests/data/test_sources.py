@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from gyrocompass.core.config import Config, parse
 from gyrocompass.core.errors import BadInput, ConfigError
-from gyrocompass.data.document import Document, Message, Quarantined, Record, Skipped
+from gyrocompass.data.document import Document, Message, Quarantined, Record, Skipped, write_records
 from gyrocompass.data.sources import Source, fingerprint, read_sources
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -448,3 +449,42 @@ def test_fingerprint_follows_names_and_contents(here: Path) -> None:
         fingerprint(Source.model_validate({"jsonl": {"path": "in"}}))
     stdlib = Source.model_validate({"stdlib": {}})
     assert fingerprint(stdlib) == fingerprint(stdlib)
+
+
+# --- the same record again, and names that are no text ---
+
+
+def test_a_file_that_two_sources_have_in_common_is_read_once(here: Path) -> None:
+    (here / "notes").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (here / "notes" / name).write_text(name)
+    given = [{"path": "notes"}, {"path": "notes/a.txt", "slice": "more"}, {"path": str(here / "notes/b.txt")}]
+    sources = [Source.model_validate({"files": files}) for files in given]
+    records = list(read_sources(sources, max_quarantined_share=0.0))
+    assert [document.path for document in documents(records)] == ["notes/a.txt", "notes/b.txt"]
+    again = [record for record in records if isinstance(record, Skipped)]
+    assert [record.reason for record in again] == ["listed twice, read before"] * 2
+
+
+def test_copies_and_equal_lines_stay(here: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (here / name).write_text("the same")
+    path = jsonl(here, {"text": "one"}, {"text": "one"}, name="c.jsonl")
+    records = read(files={"path": "*.txt"}) + read(jsonl={"path": path})
+    assert len(documents(records)) == 4
+
+
+@pytest.mark.parametrize("kind", ["files", "jsonl"])
+def test_a_file_whose_name_is_not_utf_8_is_quarantined(kind: str, here: Path) -> None:
+    folder = here / "latin"
+    folder.mkdir()
+    for name in (b"caf\xe9.jsonl", b"good.jsonl"):
+        (folder / os.fsdecode(name)).write_text('{"text": "x"}\n')
+    records = read(**{kind: {"path": "latin"}})
+    (bad,) = quarantined(records)
+    assert bad.path == r"latin/caf\xe9.jsonl" and bad.reason == "the file's name is not UTF-8"
+    assert len(documents(records)) == 1
+    assert write_records(here, records).quarantined == {"latin": 1}
+    before = fingerprint(Source.model_validate({kind: {"path": "latin"}}))
+    (folder / os.fsdecode(b"caf\xe9.jsonl")).unlink()
+    assert fingerprint(Source.model_validate({kind: {"path": "latin"}})) != before
