@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from heapq import nsmallest
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -9,7 +11,7 @@ from pydantic import Field
 
 from gyrocompass.core.artifact import Draft
 from gyrocompass.data.corrupt import preferences
-from gyrocompass.data.document import read_documents
+from gyrocompass.data.document import Document, read_documents
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.score import evaluating, scored_tokens
@@ -28,10 +30,14 @@ class PreferencesStage(Stage):
     kind: Literal["preferences"] = "preferences"
     makes: ClassVar[str] = "documents"
     documents: DocumentsName
+    most: int | None = Field(default=None, ge=1)
+    """Keep so many, chosen by the hash of their content; None: all."""
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes documents.parquet with preferences; each knows the conversation it was derived from."""
-        derived = preferences(read_documents(workplace.input("documents")))
+        derived: Iterable[Document] = preferences(read_documents(workplace.input("documents")))
+        if self.most is not None:
+            derived = nsmallest(self.most, derived, key=lambda document: document.content_hash)
         write_stage_records(draft, counting(derived, workplace))
 
 
