@@ -217,7 +217,10 @@ class RolloutSource:
         ]
         seeds = [self._seed(number, place, nth) for _, place, nth in asked]
         sampled = self.generate([self.prompts[prompt].ids for prompt, _, _ in asked], seeds)
-        samples = [self._as_sample(prompt, one) for (prompt, _, _), one in zip(asked, sampled, strict=True)]
+        samples = [
+            as_sample(self.prompts[prompt], one, self.decode)
+            for (prompt, _, _), one in zip(asked, sampled, strict=True)
+        ]
         scored = self.reward.scored(samples)
         parts = [{name: values[nth] for name, values in scored.parts.items()} for nth in range(len(samples))]
         values = self._values([prompt for prompt, _, _ in asked], sampled)
@@ -257,16 +260,6 @@ class RolloutSource:
     def _seed(self, number: int, place: int, nth: int) -> int:
         words = np.random.SeedSequence([self.config.seed, number, place, nth]).generate_state(1, np.uint64)
         return int(words[0] >> 20)  # the sampler multiplies it by a million
-
-    def _as_sample(self, prompt: int, sampled: Sampled) -> Sample:
-        asked = self.prompts[prompt]
-        return Sample(
-            prompt=asked.text,
-            completion=self.decode(sampled.token_ids),
-            reference=asked.reference,
-            n_tokens=len(sampled.token_ids),
-            finished=sampled.finished,
-        )
 
     # --- a window of them ---
 
@@ -344,6 +337,17 @@ class RolloutSource:
         for name in answers[0].parts:
             described[f"reward/{name}"] = float(np.mean([answer.parts[name] for answer in answers]))
         return described
+
+
+def as_sample(prompt: Prompt, sampled: Sampled, decode: Callable[[Sequence[int]], str]) -> Sample:
+    """What was written after a prompt, as rewards take it."""
+    return Sample(
+        prompt=prompt.text,
+        completion=decode(sampled.token_ids),
+        reference=prompt.reference,
+        n_tokens=len(sampled.token_ids),
+        finished=sampled.finished,
+    )
 
 
 def sample_row(name: str, prompt: Prompt, token_ids: Sequence[int], **more: Any) -> TokenRow:

@@ -24,11 +24,11 @@ from pydantic import Field
 from gyrocompass.core.config import Config
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig, GamingMonitor, Judged, Row
-from gyrocompass.measure.reward import Sample, WeightedSum
+from gyrocompass.measure.reward import WeightedSum
 from gyrocompass.measure.rewards.text import distinct_share
 from gyrocompass.train.distributed import World
 from gyrocompass.train.metrics import MetricLog
-from gyrocompass.train.rollout import Annotate, FloatArray, Generate, Prompt, sample_row
+from gyrocompass.train.rollout import Annotate, FloatArray, Generate, Prompt, as_sample, sample_row
 
 
 class WatchConfig(Config):
@@ -118,12 +118,7 @@ class GamingWatch:
         asked = [prompt for prompt in self.prompts for _ in range(self.config.samples_per_prompt)]
         seeds = [self.config.seed * 1_000_003 + number for number in range(len(asked))]
         sampled = self.generate([prompt.ids for prompt in asked], seeds)
-        samples = [
-            Sample(
-                prompt.text, self.decode(one.token_ids), prompt.reference, len(one.token_ids), one.finished
-            )
-            for prompt, one in zip(asked, sampled, strict=True)
-        ]
+        samples = [as_sample(p, one, self.decode) for p, one in zip(asked, sampled, strict=True)]
         dataset = TokenDataset.of(
             sample_row(f"{prompt.id}@{number}", prompt, one.token_ids)
             for number, (prompt, one) in enumerate(zip(asked, sampled, strict=True))

@@ -37,7 +37,7 @@ from gyrocompass.recipe.stage import (
 from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
 from gyrocompass.train.config import PRECISIONS
-from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, sample_row
+from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, as_sample, sample_row
 
 SHOWN_SAMPLES = 3
 
@@ -140,10 +140,7 @@ class AlignmentStage(Stage):
         seeds = [self.seed * 1_000_003 + number for number in range(len(asked))]
         sampled = engine(model, tokenizer, config, None)([prompt.ids for prompt in asked], seeds)
         decode = decoder(tokenizer)
-        samples = [
-            Sample(prompt.text, decode(one.token_ids), prompt.reference, len(one.token_ids), one.finished)
-            for prompt, one in zip(asked, sampled, strict=True)
-        ]
+        samples = [as_sample(p, one, decode) for p, one in zip(asked, sampled, strict=True)]
         scored = parse_rewards(self.rewards).scored(samples)
         values: dict[str, Sequence[float]] = {f"sample: {name}": v for name, v in scored.parts.items()}
         values["sample: tokens"] = [float(sample.n_tokens) for sample in samples]
