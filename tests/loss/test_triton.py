@@ -86,9 +86,10 @@ def test_in_the_interpreter() -> None:
 
 
 @contextmanager
-def small_pieces(part: int, kept: int, columns: int) -> Iterator[None]:
+def small_pieces(part: int, kept: int, columns: int, *, by_library: bool = False) -> Iterator[None]:
     """Cut small cases into several parts of the vocabulary and blocks of rows."""
     sizes = {"KEPT_ELEMENTS": kept, "COLUMNS": columns, "ALIGNED": 64, "ROWS": 32, "DZ_ELEMENTS": 64 * 32}
+    sizes |= {"TILE_ELEMENTS": 32 * part, "_by_library": lambda _: by_library}
     with (
         mock.patch.multiple(_triton, **sizes),
         mock.patch.multiple(_triton_launch, PART=part, TOKENS_PER_SLOT=8),
@@ -120,8 +121,9 @@ def in_blocks(slopes: Slopes) -> Any:
 
 
 @runs_kernels
+@pytest.mark.parametrize("by_library", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_at_once(dtype: torch.dtype) -> None:
+def test_everything_at_once(dtype: torch.dtype, by_library: bool) -> None:
     """Several parts of the vocabulary and blocks of rows, with every feature in use."""
     generator = torch.Generator().manual_seed(5)
 
@@ -140,7 +142,7 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
     assert conformance.far_from_every_edge(logits, asks)
     expected = direct_sums(logits, picks, asks)
     slopes = Slopes(expected.top_N.float(), *(normal(40) for _ in "abcd"), normal(120))
-    with small_pieces(part=64, kept=24 * 150, columns=64):
+    with small_pieces(part=64, kept=24 * 150, columns=64, by_library=by_library):
         sums, gradients = ENGINE.fused(logits, picks, asks, in_blocks(slopes), EVERYTHING)
         answers = [(sums, gradients)]
         answers.append(
@@ -161,23 +163,28 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
 @given(data=st.data())
 def test_conformance(dtypes: str, data: st.DataObject) -> None:
     part, kept = data.draw(st.sampled_from([64, 2048])), data.draw(st.sampled_from([3000, 1 << 20]))
+    by_library = data.draw(st.booleans())
     suite = conformance.test_sums_and_gradients.hypothesis.inner_test
-    with mock.patch.dict(BACKENDS, triton=ENGINE), small_pieces(part, kept, columns=128):
+    with (
+        mock.patch.dict(BACKENDS, triton=ENGINE),
+        small_pieces(part, kept, columns=128, by_library=by_library),
+    ):
         suite("triton", dtypes, data)
 
 
 @runs_kernels
+@pytest.mark.parametrize("by_library", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 1e-3)]
 )
-def test_errors_of_a_medium_case(dtype: torch.dtype, bound: float) -> None:
+def test_errors_of_a_medium_case(dtype: torch.dtype, bound: float, by_library: bool) -> None:
     logits = question(37, 192, 700, dtype)
     picks = Picks(torch.arange(37), torch.arange(37) * 18)
     exact = direct_sums(logits, picks, Asks())
     slopes = slopes_like_nll(exact, picks)
     wanted = direct_gradients(logits, picks, slopes, EVERYTHING)
     narrow = Slopes(*(None if field is None else field.float() for field in slopes))
-    with small_pieces(part=256, kept=20 * 700, columns=256):
+    with small_pieces(part=256, kept=20 * 700, columns=256, by_library=by_library):
         sums, gradients = ENGINE.fused(logits, picks, Asks(), in_blocks(narrow), EVERYTHING)
         two_pass = ENGINE.gradients(logits, picks, narrow, EVERYTHING)
     log_prob = sums.pick_P - sums.top_N - sums.exp_N.log()
@@ -317,15 +324,24 @@ def test_nan_in_dw_survives_additions() -> None:
 
 
 @runs_kernels
-def test_dw_between_blocks_has_24_bits_rounded_to_the_nearest() -> None:
-    dz_NK, h_ND = question(30, 20, 30, torch.bfloat16)[:2]
+@pytest.mark.parametrize("width", [20, 201])
+def test_dw_between_blocks_has_20_bits_rounded_to_the_nearest(width: int) -> None:
+    dz_NK, h_ND = question(30, 30, 30, torch.bfloat16)[0], question(30, width, 30, torch.bfloat16)[0]
     exact = dz_NK.double().T @ h_ND.double()
-    high, low = torch.zeros(exact.shape, dtype=torch.bfloat16), torch.zeros(exact.shape, dtype=torch.uint8)
+    half = _triton_launch.low_columns(width)
+    high, low = (
+        torch.zeros(exact.shape, dtype=torch.bfloat16),
+        torch.full((30, half), 0xA5, dtype=torch.uint8),
+    )
     there = moved(DEVICE, (dz_NK, h_ND, high, low))
-    _triton_launch.launch_add_dw(*there, first=True, last=False)
-    _, _, high, low = moved("cpu", there)
-    bits = (high.view(torch.int16).int() << 16) | (low.int() << 8)
-    assert ((bits.view(torch.float32) - exact).abs() <= exact.abs() * 2.0**-16 + 1e-6).all()
+    for times in (1, 2):
+        _triton_launch.launch_add_dw(*there, first=times == 1, last=False)
+        high, low = moved("cpu", there[2:])
+        pairs = low.view(30, -1, _triton_launch.HALF)
+        lower = torch.stack([pairs & 15, pairs >> 4], dim=2).view(30, -1)[:, :width]
+        bits = (high.view(torch.int16).int() << 16) | (lower.int() << 12)
+        error = (bits.view(torch.float32) - times * exact).abs()
+        assert (error <= times * exact.abs() * 2.0**-12 * times + 1e-6).all()
 
 
 @runs_kernels
@@ -372,6 +388,7 @@ SIZES = {
     "BLOCK_K": 32,
     "BLOCK_D": 32,
     "BLOCK_T": 8,
+    "HALF": 64,
     "w_step": 1,
 }
 FLAGS = {"ENTROPY": True, "SUM_SQ": True, "MEAN": True, "N_TOP": 5, "FIRST": False, "LAST": False}

@@ -8,7 +8,7 @@ vocabulary; two products with float32 sums turn it into that part's dw, rounded 
 
 `fused` keeps the float32 logits of a block of rows, and so makes them once. dw then comes in as many shares
 as there are blocks, and [V, D] of float32 to add them up would be the largest thing in memory: for bf16 the
-sum has 24 bits instead, 16 in the gradient and 8 beside it (each addition rounds to 2^-16 relative, the end
+sum has 20 bits instead, 16 in the gradient and 4 beside it (each addition rounds to 2^-12 relative, the end
 to 2^-8).
 
 Nothing is added atomically: the same call gives the same bits. Products of float32 inputs inside kernels are
@@ -26,8 +26,10 @@ block, K tokens of a part of the vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,16 +37,31 @@ from torch import Tensor
 
 from gyrocompass.loss._chunked import asks_of, joined, part_of, row_blocks
 from gyrocompass.loss._question import Asks, Gradients, Logits, Needs, Picks, Slopes, SlopesOf, Sums
-from gyrocompass.loss._triton_launch import Ready, launch_add_dw, launch_dz, launch_sums, ready
+from gyrocompass.loss._triton_launch import (
+    Ready,
+    Tiles,
+    launch_add_dw,
+    launch_dz,
+    launch_sums,
+    low_columns,
+    ready,
+)
 
 ROWS = 1 << 15
 """Rows at a time, at most, where no logits are kept: their parts' sums take some 3 KB each."""
-DZ_ELEMENTS = 1 << 26
-"""Of dz at a time: 128 MB in bf16."""
+DZ_ELEMENTS = 1 << 25
+"""Of dz at a time: 64 MB in bf16, beside twice as much of logits."""
 COLUMNS = 16384
 """Of dz at a time, at most: a part of dw in float32 has as many rows."""
-KEPT_ELEMENTS = 80 << 20
-"""Logits that `fused` keeps at a time: 320 MB in float32."""
+KEPT_ELEMENTS = 150 << 20
+"""Logits that `fused` keeps at a time: 600 MB in float32."""
+ROWS_OF_TILE = 256
+TILE_ELEMENTS = 1 << 25
+"""Logits that `sums` makes at a time: 128 MB in float32."""
+WIDE = 1024
+"""From this hidden width on, the library makes logits."""
+FEW = 8
+"""Slots of a top list, up to which parts of the vocabulary are small enough for tiles."""
 ALIGNED = 256
 """Parts of the vocabulary start at multiples of it, so that kernels load whole cache lines."""
 
@@ -64,8 +81,6 @@ class TritonBackend:
             return "triton is not installed"
         if on_gpu and torch.cuda.get_device_capability(logits.h_ND.device) < (8, 0):
             return "the GPU is older than compute capability 8.0"
-        if on_gpu and torch.__version__ < "2.12":
-            return f"torch {torch.__version__} has no float32 sums of 16-bit products; 2.12 has"
         for left, right in ((logits.h_ND, logits.w_VD), (logits.a_NR, logits.b_VR)):
             if left is not None and right is not None and left.dtype != right.dtype:
                 return f"it has no product of {left.dtype} and {right.dtype}"
@@ -74,10 +89,11 @@ class TritonBackend:
     def sums(self, logits: Logits, picks: Picks, asks: Asks) -> Sums:
         """One pass over the logits, made in registers."""
         with _on_device(logits.h_ND):
-            found = [
-                launch_sums(_block(logits, picks, rows, own), asks_of(asks, rows), None)
-                for rows, own in _row_blocks(logits, picks, ROWS)
-            ]
+            found = []
+            for rows, own in _row_blocks(logits, picks, ROWS):
+                block = _block(logits, picks, rows, own)
+                tiles = _tiles_of(block.logits) if asks.top <= FEW and _by_library(logits) else None
+                found.append(launch_sums(block, asks_of(asks, rows), tiles))
             return joined(found, lambda: launch_sums(ready(logits, picks), asks, None))
 
     def gradients(self, logits: Logits, picks: Picks, slopes: Slopes, needs: Needs) -> Gradients:
@@ -89,13 +105,17 @@ class TritonBackend:
                 for rows, own in _row_blocks(logits, picks, ROWS)
             ]
             for columns in _parts(len(logits.w_VD), min(ROWS, len(logits.h_ND))):
-                dw_KD = found.new_dw(columns)
+                dw_KD = found.new_dw(columns, len(blocks))
                 for block, block_slopes, row_sums in blocks:
-                    dz_RK = launch_dz(block, block_slopes, columns, None)
+                    y_RK = _made(block.logits, columns) if _by_library(logits) else None
+                    dz_RK = launch_dz(block, block_slopes, columns, y_RK)
+                    del y_RK
                     row_sums.add(dz_RK, columns)
                     found.add(dz_RK, block.logits, columns)
                     if dw_KD is not None:
                         add_product(dw_KD, dz_RK.T, block.logits.h_ND)
+                    elif found.dw_VD is not None:
+                        put_product(found.dw_VD[columns], dz_RK.T, block.logits.h_ND)
                 found.put_dw(columns, dw_KD)
             for _, _, row_sums in blocks:
                 row_sums.finish()
@@ -107,16 +127,17 @@ class TritonBackend:
         """Blocks of rows whose float32 logits are kept between the two passes."""
         with _on_device(logits.h_ND):
             found, sums = _Found(logits, needs), []
-            blocks = list(_row_blocks(logits, picks, max(1, KEPT_ELEMENTS // len(logits.w_VD))))
+            blocks = list(_row_blocks(logits, picks, _rows_kept(len(logits.w_VD))))
             head_sum = _HeadSum(found.dw_VD, len(blocks))
-            room_RV = _room(logits, blocks)
+            whole, n_kept = slice(0, len(logits.w_VD)), blocks[0][0].stop if blocks else 0
+            room = logits.h_ND.new_empty(n_kept * whole.stop, dtype=torch.float32)
             for rows, own in blocks:
                 block, row_sums = _block(logits, picks, rows, own), found.row_sums(rows)
-                y_RV = _kept(block.logits, room_RV)
-                sums.append(launch_sums(block, asks_of(asks, rows), y_RV))
+                y_RV = _made(block.logits, whole, room)
+                sums.append(launch_sums(block, asks_of(asks, rows), _one_tile(y_RV)))
                 slopes = slopes_of(rows, sums[-1], own)
                 for columns in _parts(len(logits.w_VD), rows.stop - rows.start):
-                    dz_RK = launch_dz(block, slopes, columns, y_RV)
+                    dz_RK = launch_dz(block, slopes, columns, y_RV[:, columns])
                     row_sums.add(dz_RK, columns)
                     found.add(dz_RK, block.logits, columns)
                     head_sum.add(dz_RK, block.logits.h_ND, columns)
@@ -133,8 +154,7 @@ class TritonBackend:
         some 500 rows takes time.
         """
         n_rows, (vocabulary, width) = len(logits.h_ND), logits.w_VD.shape
-        rows_kept = KEPT_ELEMENTS // vocabulary
-        return width >= 1024 and (not needs.w or rows_kept >= min(512, n_rows))
+        return width >= 1024 and (not needs.w or _rows_kept(vocabulary) >= min(512, n_rows))
 
 
 def _on_device(h_ND: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -147,6 +167,12 @@ def _row_blocks(logits: Logits, picks: Picks, n_block: int) -> list[tuple[slice,
     if 0 < len(logits.h_ND) <= n_block:
         return [(slice(0, len(logits.h_ND)), slice(0, len(picks.row_P)))]
     return list(row_blocks(logits, picks, n_block * len(logits.w_VD)))
+
+
+def _rows_kept(vocabulary: int) -> int:
+    """Rows whose logits are kept at a time: whole tiles of a product's, if there are as many."""
+    n_rows = max(1, KEPT_ELEMENTS // vocabulary)
+    return n_rows // ROWS_OF_TILE * ROWS_OF_TILE or n_rows
 
 
 def _block(logits: Logits, picks: Picks, rows: slice, own: slice) -> Ready:
@@ -166,31 +192,90 @@ def _parts(vocabulary: int, n_rows: int) -> list[slice]:
     return [slice(at, min(at + n_columns, vocabulary)) for at in range(0, vocabulary, n_columns)]
 
 
-def _room(logits: Logits, blocks: list[tuple[slice, slice]]) -> Tensor:
-    """Room for the logits of the largest block, which is the first."""
-    n_rows = blocks[0][0].stop if blocks else 0
-    return logits.h_ND.new_empty(n_rows, len(logits.w_VD), dtype=torch.float32)
+def _by_library(logits: Logits) -> bool:
+    """Whether products by the vendor's library, written and read, take less time than those in a kernel."""
+    return logits.h_ND.is_cuda and logits.h_ND.dtype.itemsize == 2 and logits.w_VD.shape[1] >= WIDE
 
 
-def _kept(logits: Logits, room_RV: Tensor) -> Tensor:
-    """h w^T + a b^T of a block of rows, in float32."""
-    h_ND, w_VD, _, a_NR, b_VR = logits[:5]
-    y_RV = room_RV[: len(h_ND)]
-    if h_ND.is_cuda and h_ND.dtype != torch.float32:
-        torch.mm(h_ND, w_VD.T, out_dtype=torch.float32, out=y_RV)
+def _tiles_of(block: Logits) -> Tiles:
+    """A block's logits, so many columns at a time, each in the room of the one before."""
+
+    def tiles(multiple: int) -> Iterator[tuple[slice, Tensor]]:
+        n_rows, vocabulary = len(block.h_ND), len(block.w_VD)
+        n_columns = max(1, TILE_ELEMENTS // max(1, n_rows) // multiple) * multiple
+        room = block.h_ND.new_empty(n_rows * min(n_columns, vocabulary), dtype=torch.float32)
+        for start in range(0, vocabulary, n_columns):
+            columns = slice(start, min(start + n_columns, vocabulary))
+            yield columns, _made(block, columns, room)
+
+    return tiles
+
+
+def _one_tile(y_RV: Tensor) -> Tiles:
+    """Logits of the whole vocabulary."""
+    return lambda _: iter([(slice(0, y_RV.shape[1]), y_RV)])
+
+
+def _made(block: Logits, columns: slice, room: Tensor | None = None) -> Tensor:
+    """h w^T + a b^T of a block of rows and some columns, in float32."""
+    h_RD, w_VD, _, a_RL, b_VL = block[:5]
+    n_rows, n_columns = len(h_RD), columns.stop - columns.start
+    if room is None:
+        room = h_RD.new_empty(n_rows * n_columns, dtype=torch.float32)
+    y_RK = room[: n_rows * n_columns].view(n_rows, n_columns)
+    put_product(y_RK, h_RD, w_VD[columns].T)
+    if a_RL is not None and b_VL is not None:
+        add_product(y_RK, a_RL, b_VL[columns].T)
+    return y_RK
+
+
+def put_product(answer: Tensor, left: Tensor, right: Tensor) -> None:
+    """answer = left @ right, summed in float32 and rounded once."""
+    of_16_bits = answer.is_cuda and left.dtype == right.dtype != torch.float32
+    if of_16_bits and answer.dtype == torch.float32:
+        torch.mm(left, right, out_dtype=torch.float32, out=answer)
+    elif of_16_bits and answer.dtype == left.dtype:
+        with _shares_added_in_float32():
+            torch.mm(left, right, out=answer)
+    elif answer.dtype == torch.float32:
+        torch.mm(left.float(), right.float(), out=answer)
     else:
-        torch.mm(h_ND.float(), w_VD.float().T, out=y_RV)
-    if a_NR is not None and b_VR is not None:
-        add_product(y_RV, a_NR, b_VR.T)
-    return y_RV
+        answer.copy_(left.float() @ right.float())
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; a float32 total of 16-bit factors too."""
-    if total.is_cuda and left.dtype == right.dtype != torch.float32:
+    if not total.is_cuda or left.dtype != right.dtype or left.dtype == torch.float32:
+        total.addmm_(left.float(), right.float())
+    elif _adds_16_bit_products(total.device):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(left.float(), right.float())
+        total += torch.mm(left, right, out_dtype=torch.float32)
+
+
+@functools.cache
+def _adds_16_bit_products(device: torch.device) -> bool:
+    """Whether this torch adds products of 16-bit factors to a float32 total."""
+    total, factor = torch.ones(16, 16, device=device), torch.eye(16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool(total.sum() == 16 * 17)
+
+
+@contextlib.contextmanager
+def _shares_added_in_float32() -> Iterator[None]:
+    """Where the library cuts a sum into shares, it may otherwise add these in 16 bits."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = (
+            before
+        )
 
 
 class _RowSums:
@@ -226,7 +311,10 @@ class _Found:
         def zeros(like: Tensor | None, wanted: bool, dtype: torch.dtype | None = None) -> Tensor | None:
             return None if like is None or not wanted else like.new_zeros(like.shape, dtype=dtype)
 
-        self.dh_ND, self.dw_VD, self.da_NR = zeros(h_ND, needs.h), zeros(w_VD, needs.w), zeros(a_NR, low_rank)
+        self.dh_ND, self.da_NR = zeros(h_ND, needs.h), zeros(a_NR, low_rank)
+        # Nothing is added to dw of 16 bits in its place, so that it need not be zeros: 0.3 ms per GB.
+        is_put = len(h_ND) > 0 and w_VD.dtype != torch.float32
+        self.dw_VD = w_VD.new_empty(w_VD.shape) if needs.w and is_put else zeros(w_VD, needs.w)
         self.dbias_V = zeros(bias_V, needs.bias, torch.float32)
         self.db_VR = zeros(b_VR, low_rank, torch.float32)
 
@@ -242,10 +330,12 @@ class _Found:
         if self.db_VR is not None and block.a_NR is not None:
             add_product(self.db_VR[columns], dz_RK.T, block.a_NR)
 
-    def new_dw(self, columns: slice) -> Tensor | None:
-        """Where a part of dw is summed: in its place, if that is float32."""
-        if self.dw_VD is None or self.dw_VD.dtype == torch.float32:
-            return None if self.dw_VD is None else self.dw_VD[columns]
+    def new_dw(self, columns: slice, n_blocks: int) -> Tensor | None:
+        """Where a part of dw is summed, if it is a sum: in its place, if that is float32."""
+        if self.dw_VD is None or n_blocks == 1:
+            return None
+        if self.dw_VD.dtype == torch.float32:
+            return self.dw_VD[columns]
         return torch.zeros_like(self.dw_VD[columns], dtype=torch.float32)
 
     def put_dw(self, columns: slice, dw_KD: Tensor | None) -> None:
@@ -268,28 +358,32 @@ class _Found:
 class _HeadSum:
     """dw in shares of one block of rows after the other.
 
-    bf16: in 24 bits, by `launch_add_dw`. float32: in its place. float16: in a float32 sum beside it.
+    bf16: in 20 bits, by `launch_add_dw`. float32: in its place. float16: in a float32 sum beside it.
     """
 
     def __init__(self, dw_VD: Tensor | None, n_blocks: int) -> None:
         self.dw_VD, self.n_blocks, self.n_done = dw_VD, n_blocks, 0
-        self.low_VD = self.sum_VD = None
+        self.low_VC = self.sum_VD = None
         if dw_VD is None:
             return
         if dw_VD.dtype == torch.bfloat16:
             # With a single block there is nothing to carry.
-            shape = dw_VD.shape if n_blocks > 1 else (0, dw_VD.shape[1])
-            self.low_VD = dw_VD.new_empty(shape, dtype=torch.uint8)
+            n_carried = len(dw_VD) if n_blocks > 1 else 0
+            self.low_VC = dw_VD.new_empty(n_carried, low_columns(dw_VD.shape[1]), dtype=torch.uint8)
         else:
-            self.sum_VD = dw_VD if dw_VD.dtype == torch.float32 else dw_VD.float()
+            is_sum = dw_VD.dtype == torch.float32
+            self.sum_VD = dw_VD if is_sum else torch.zeros_like(dw_VD, dtype=torch.float32)
 
     def add(self, dz_RK: Tensor, h_RD: Tensor, columns: slice) -> None:
         """Add the share of a block's rows in some columns."""
         if self.sum_VD is not None:
             add_product(self.sum_VD[columns], dz_RK.T, h_RD)
-        elif self.dw_VD is not None and self.low_VD is not None:
+        elif self.dw_VD is not None and self.low_VC is not None:
+            if self.n_blocks == 1:
+                put_product(self.dw_VD[columns], dz_RK.T, h_RD)
+                return
             first, last = self.n_done == 0, self.n_done == self.n_blocks - 1
-            launch_add_dw(dz_RK, h_RD, self.dw_VD[columns], self.low_VD[columns], first=first, last=last)
+            launch_add_dw(dz_RK, h_RD, self.dw_VD[columns], self.low_VC[columns], first=first, last=last)
 
     def next_block(self) -> None:
         """A block of rows is finished."""

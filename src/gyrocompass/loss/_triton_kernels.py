@@ -110,18 +110,23 @@ def _add_product(
 
 @triton.jit
 def _logits(
-    h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, inside_K, w_stride, w_step, y_stride,
-    gain, cap, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, inside_K, kept_K, n_kept, w_stride, w_step,
+    y_stride, gain, cap, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits, -inf where the bias is and past the end; the softcap's slope; what columns are in."""
+    """A tile of logits, -inf where the bias is and past the end; the softcap's slope; what columns are in.
+
+    Kept logits are `n_kept` columns, of which these are `kept_K`: not clamped to what there is but masked, or
+    loads would not be known to be contiguous.
+    """
     if y_ptr is None:
         y_RK = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         y_RK = _add_product(y_RK, h_ptr, w_ptr, row_R, column_K, WIDTH, w_stride, w_step, WIDTH, BLOCK_D)
         if a_ptr is not None:
             y_RK = _add_product(y_RK, a_ptr, b_ptr, row_R, column_K, RANK, RANK, 1, RANK, BLOCK_L)
     else:
-        y_RK = tl.load(y_ptr + row_R[:, None].to(tl.int64) * y_stride + column_K[None, :])
+        kept_RK = y_ptr + row_R[:, None].to(tl.int64) * y_stride + kept_K[None, :]
+        y_RK = tl.load(kept_RK, mask=(kept_K < n_kept)[None, :], other=0.0)
     if bias_ptr is not None:
         bias_K = tl.load(bias_ptr + column_K).to(tl.float32)
         inside_K = inside_K & (bias_K != -INFINITY)
@@ -175,17 +180,21 @@ def _insert(best_R, token_R, list_RT, list_token_RT):
     return list_RT, tl.where(leaves_RT, token_R[:, None], list_token_RT)
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_token"])
+@triton.jit(do_not_specialize=["n_rows", "first_token", "first_part"])
 def sums_kernel(
     h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, floor_ptr, threshold_ptr, seed_ptr,
     pick_start_ptr, pick_token_ptr, pick_ptr, sum_ptr, count_ptr, list_ptr, list_token_ptr,
-    n_rows, vocabulary, part, first_token, w_stride, w_step, y_stride, gain, cap,
+    n_rows, vocabulary, part, first_part, n_columns, first_token, w_stride, w_step, y_stride, gain, cap,
     ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, N_TOP: tl.constexpr,
     WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a block of rows over one part of the vocabulary: [N_SUMS, S, N], [N_COUNTS, S, N]; picks."""
-    block, split = _tile(tl.program_id(0), n_rows, vocabulary, BLOCK_R, part)
+    """Sums of a block of rows over one part of the vocabulary: [N_SUMS, S, N], [N_COUNTS, S, N]; picks.
+
+    A launch goes through `n_columns` of the vocabulary, from the part `first_part` on.
+    """
+    block, split = _tile(tl.program_id(0), n_rows, n_columns, BLOCK_R, part)
+    split += first_part
     own_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row_R = own_R < n_rows
     row_R = tl.minimum(own_R, n_rows - 1)
@@ -212,8 +221,9 @@ def sums_kernel(
         token_K = start + tl.arange(0, BLOCK_K)
         column_K = tl.minimum(token_K, vocabulary - 1)
         z_RK, _, inside_K = _logits(
-            h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, token_K < end, w_stride, w_step,
-            y_stride, gain, cap, WIDTH, RANK, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_L,
+            h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, token_K < end,
+            token_K - first_part * part, n_columns, w_stride, w_step, y_stride, gain, cap, WIDTH, RANK,
+            BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_L,
         )  # fmt: skip
         for slot in range(n_picks):
             pick_R = first_pick_R + slot
@@ -294,8 +304,8 @@ def dz_kernel(
     is_row_R, is_column_K = own_R < n_rows, own_K < n_columns
     row_R, column_K = tl.minimum(own_R, n_rows - 1), tl.minimum(own_K, n_columns - 1)
     z_RK, bend_RK, inside_K = _logits(
-        h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, is_column_K, w_stride, w_step, y_stride,
-        gain, cap, WIDTH, RANK, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_L,
+        h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, is_column_K, own_K, n_columns, w_stride,
+        w_step, y_stride, gain, cap, WIDTH, RANK, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_L,
     )  # fmt: skip
     allowed_RK = _allowed(z_RK, inside_K, floor_ptr, row_R)
     x_RK = tl.where(allowed_RK, z_RK - tl.load(top_ptr + row_R)[:, None], 0.0)
@@ -328,47 +338,70 @@ def dz_kernel(
         tl.store(dz_ptr + place_RK, dz_RK, mask=inside_RK)
 
 
+@triton.jit
+def _add_to_20_bits(
+    sum_KC, high_KC, low_KC, inside_KC, shift: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
+):
+    """Add a float32 tile to 16 bits at `high_KC` and 4 of `low_KC`; the new 4 bits."""
+    if not FIRST:
+        upper_KC = tl.load(high_KC, mask=inside_KC, other=0.0).to(tl.uint16, bitcast=True)
+        bits_KC = (upper_KC.to(tl.uint32) << 16) | (((low_KC.to(tl.uint32) >> shift) & 15) << 12)
+        sum_KC += bits_KC.to(tl.float32, bitcast=True)
+    if LAST:
+        tl.store(high_KC, _to_bf16(sum_KC), mask=inside_KC)
+        return low_KC.to(tl.uint32)
+    bits_KC = sum_KC.to(tl.uint32, bitcast=True)
+    # Rounded to the nearest; a NaN stays what it is, where adding could carry it over to a number.
+    bits_KC = tl.where(sum_KC == sum_KC, bits_KC + 0x800, bits_KC)
+    tl.store(high_KC, (bits_KC >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside_KC)
+    return (bits_KC >> 12) & 15
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def add_dw_kernel(
     dz_ptr, h_ptr, high_ptr, low_ptr, n_rows, n_columns,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dw += dz^T h in 24 of a float32's bits: 16 are the bf16 gradient itself, 8 lie beside it.
+    """dw += dz^T h in 20 of a float32's bits: 16 are the bf16 gradient itself, 4 lie beside it.
 
-    The last addition rounds to bf16 instead.
+    A tile has two halves of HALF columns; a byte beside it has the 4 bits of a column of either. The last
+    addition rounds to bf16 instead. Loads are masked, not clamped, or they would not be known to be contiguous
+    (25 times as long, as seen).
     """
-    part, block = _tile(tl.program_id(0), n_columns, WIDTH, BLOCK_K, BLOCK_D)
+    width_of_tile: tl.constexpr = 2 * HALF
+    part, block = _tile(tl.program_id(0), n_columns, WIDTH, BLOCK_K, width_of_tile)
     own_K = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    own_D = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    column_K, place_D = tl.minimum(own_K, n_columns - 1), tl.minimum(own_D, WIDTH - 1)
+    own_D = block * width_of_tile + tl.arange(0, width_of_tile)
+    is_column_K, is_D = own_K < n_columns, own_D < WIDTH
     dtype: tl.constexpr = tl.float32 if _IN_NUMPY else tl.bfloat16
-    sum_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    sum_KD = tl.zeros((BLOCK_K, width_of_tile), tl.float32)
     for start in range(0, n_rows, BLOCK_R):
         row_R = start + tl.arange(0, BLOCK_R)
         row64_R = row_R.to(tl.int64)
         is_row_R = row_R < n_rows
-        dz_RK = tl.load(
-            dz_ptr + row64_R[:, None] * n_columns + column_K[None, :], mask=is_row_R[:, None], other=0.0
-        )
-        h_RD = tl.load(h_ptr + row64_R[:, None] * WIDTH + place_D[None, :], mask=is_row_R[:, None], other=0.0)
+        dz_RK = dz_ptr + row64_R[:, None] * n_columns + own_K[None, :]
+        dz_RK = tl.load(dz_RK, mask=is_row_R[:, None] & is_column_K[None, :], other=0.0)
+        h_RD = h_ptr + row64_R[:, None] * WIDTH + own_D[None, :]
+        h_RD = tl.load(h_RD, mask=is_row_R[:, None] & is_D[None, :], other=0.0)
         sum_KD = tl.dot(tl.trans(dz_RK.to(dtype)), h_RD.to(dtype), sum_KD)
-    place_KD = own_K[:, None].to(tl.int64) * WIDTH + own_D[None, :]
-    inside_KD = (own_K < n_columns)[:, None] & (own_D < WIDTH)[None, :]
+    sum_KC, second_KC = tl.split(tl.permute(tl.reshape(sum_KD, (BLOCK_K, 2, HALF)), (0, 2, 1)))
+
+    own_C = block * width_of_tile + tl.arange(0, HALF)
+    high_KC = high_ptr + own_K[:, None].to(tl.int64) * WIDTH + own_C[None, :]
+    width_of_low: tl.constexpr = (WIDTH + width_of_tile - 1) // width_of_tile * HALF
+    low_KC = (
+        low_ptr + own_K[:, None].to(tl.int64) * width_of_low + (block * HALF + tl.arange(0, HALF))[None, :]
+    )
+    is_first_KC = is_column_K[:, None] & (own_C < WIDTH)[None, :]
+    is_second_KC = is_column_K[:, None] & (own_C + HALF < WIDTH)[None, :]
+    pair_KC = tl.zeros((BLOCK_K, HALF), tl.uint8)
     if not FIRST:
-        high_KD = tl.load(high_ptr + place_KD, mask=inside_KD, other=0.0).to(tl.uint16, bitcast=True)
-        low_KD = tl.load(low_ptr + place_KD, mask=inside_KD, other=0)
-        bits_KD = (high_KD.to(tl.uint32) << 16) | (low_KD.to(tl.uint32) << 8)
-        sum_KD += bits_KD.to(tl.float32, bitcast=True)
-    if LAST:
-        tl.store(high_ptr + place_KD, _to_bf16(sum_KD), mask=inside_KD)
-    else:
-        bits_KD = sum_KD.to(tl.uint32, bitcast=True)
-        # Rounded to the nearest; a NaN stays what it is, where adding could carry it over to a number.
-        bits_KD = tl.where(sum_KD == sum_KD, bits_KD + 0x80, bits_KD)
-        high_KD = (bits_KD >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        tl.store(high_ptr + place_KD, high_KD, mask=inside_KD)
-        tl.store(low_ptr + place_KD, ((bits_KD >> 8) & 0xFF).to(tl.uint8), mask=inside_KD)
+        pair_KC = tl.load(low_KC, mask=is_first_KC, other=0)
+    first_KC = _add_to_20_bits(sum_KC, high_KC, pair_KC, is_first_KC, 0, FIRST, LAST)
+    second_KC = _add_to_20_bits(second_KC, high_KC + HALF, pair_KC, is_second_KC, 4, FIRST, LAST)
+    if not LAST:
+        tl.store(low_KC, (first_KC | (second_KC << 4)).to(tl.uint8), mask=is_first_KC)
 
 
 def _tiles(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
@@ -388,12 +421,13 @@ tuned_sums = triton.autotune(_PRODUCT_TILES, key=_KEY, cache_results=True)(sums_
 tuned_dz = triton.autotune(_PRODUCT_TILES, key=_KEY, cache_results=True)(dz_kernel)
 tuned_add_dw = triton.autotune(
     [
-        triton.Config({"BLOCK_K": 128, "BLOCK_D": 256, "BLOCK_R": 64}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_K": 256, "BLOCK_D": 128, "BLOCK_R": 64}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_K": 128, "BLOCK_D": 128, "BLOCK_R": 64}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_K": 128, "BLOCK_D": 128, "BLOCK_R": 32}, num_warps=4, num_stages=4),
+        # Few registers: a second program on the processor multiplies while the first adds.
+        triton.Config({"BLOCK_K": 128, "BLOCK_R": 64}, num_warps=8, num_stages=3, maxnreg=128),
+        triton.Config({"BLOCK_K": 128, "BLOCK_R": 64}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_K": 256, "BLOCK_R": 64}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_K": 64, "BLOCK_R": 64}, num_warps=4, num_stages=3),
     ],
-    key=["WIDTH"],
+    key=["WIDTH", "FIRST", "LAST"],
     restore_value=["high_ptr", "low_ptr"],
     cache_results=True,
 )(add_dw_kernel)

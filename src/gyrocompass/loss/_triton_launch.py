@@ -15,6 +15,7 @@ S parts of the vocabulary, F numbers per row and part, J candidates for the K of
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ PART = 2048
 """Tokens of the vocabulary that one program of `launch_sums` goes through; more where it keeps top lists."""
 TOKENS_PER_SLOT = 256
 """Of that part, for each slot of a top list, at least: lists are small beside what they are made from."""
+HALF = 64
+"""Columns of dw whose bits share bytes with those of as many others."""
 LIST_ELEMENTS = 2048
 """Of the top lists of one tile's rows: they live in registers."""
 
@@ -71,10 +74,19 @@ def ready(logits: Logits, picks: Picks) -> Ready:
     )
 
 
-def launch_sums(made: Ready, asks: Asks, y_NV: Tensor | None) -> Sums:
-    """The sums of all rows, of logits that are kept (`y_NV`) or made on the way."""
+KEPT_TILES = {"sums": (1, 1024), "dz": (16, 256)}
+"""Rows and columns of a tile of logits that are read: what was fastest of ten shapes on an H200."""
+
+
+Tiles = Callable[[int], Iterator[tuple[slice, Tensor]]]
+"""(multiple) -> columns, each beginning at a multiple of it, with their h w^T + a b^T in float32, [N, K]."""
+
+
+def launch_sums(made: Ready, asks: Asks, tiles: Tiles | None) -> Sums:
+    """The sums of all rows: of logits that come in `tiles`, or that the kernel makes in registers."""
     h_ND = made.logits.h_ND
     n_rows, vocabulary = len(h_ND), len(made.logits.w_VD)
+    whole = slice(0, vocabulary)
     n_top = min(asks.top, vocabulary)
     n_slots = power_of_2(n_top, 1)
     part = max(PART, TOKENS_PER_SLOT * n_slots) if n_top else PART
@@ -86,27 +98,36 @@ def launch_sums(made: Ready, asks: Asks, y_NV: Tensor | None) -> Sums:
     token_SNK = h_ND.new_empty(n_parts, n_rows, n_top, dtype=torch.int32)
     if n_rows:
         at_once = min(n_rows, LIST_ELEMENTS // n_slots)
-        kernel, blocks = _choice("sums", at_once, kept=y_NV is not None)
-        kernel[lambda meta: (-(-n_rows // meta["BLOCK_R"]) * n_parts,)](
-            **_made_of(made, slice(0, vocabulary), y_NV),
-            threshold_ptr=_contiguous(asks.threshold_N),
-            seed_ptr=_contiguous(asks.seed_N),
-            pick_ptr=pick_P,
-            sum_ptr=sums_FSN,
-            count_ptr=counts_FSN,
-            list_ptr=list_SNK,
-            list_token_ptr=token_SNK,
-            vocabulary=vocabulary,
-            part=part,
-            first_token=asks.first_token,
-            ENTROPY=asks.entropy,
-            SUM_SQ=asks.sum_sq,
-            MEAN=asks.mean_logit,
-            N_TOP=n_top,
-            BLOCK_T=n_slots,
-            **blocks,
-        )
+        kernel, blocks = _choice("sums", at_once, kept=tiles is not None)
+        for columns, y_NK in [(whole, None)] if tiles is None else tiles(part):
+            n_columns = columns.stop - columns.start
+            programs = functools.partial(_programs, n_rows, -(-n_columns // part))
+            kernel[programs](
+                **_made_of(made, whole, y_NK),
+                threshold_ptr=_contiguous(asks.threshold_N),
+                seed_ptr=_contiguous(asks.seed_N),
+                pick_ptr=pick_P,
+                sum_ptr=sums_FSN,
+                count_ptr=counts_FSN,
+                list_ptr=list_SNK,
+                list_token_ptr=token_SNK,
+                vocabulary=vocabulary,
+                part=part,
+                first_part=columns.start // part,
+                n_columns=n_columns,
+                first_token=asks.first_token,
+                ENTROPY=asks.entropy,
+                SUM_SQ=asks.sum_sq,
+                MEAN=asks.mean_logit,
+                N_TOP=n_top,
+                BLOCK_T=n_slots,
+                **blocks,
+            )
     return _merged(asks, pick_P, sums_FSN, counts_FSN, list_SNK, token_SNK)
+
+
+def _programs(n_rows: int, n_parts: int, meta: dict[str, int]) -> tuple[int]:
+    return (-(-n_rows // meta["BLOCK_R"]) * n_parts,)
 
 
 def _merged(
@@ -149,18 +170,21 @@ def _merged_lists(list_SNK: Tensor, token_SNK: Tensor) -> tuple[Tensor, Tensor]:
     return top_NJ[:, :n_top].contiguous(), token_NJ.gather(1, best_NJ[:, :n_top])
 
 
-def launch_dz(made: Ready, slopes: Slopes, columns: slice, y_NV: Tensor | None) -> Tensor:
-    """The gradient of some columns' h w^T + bias: bf16 for bf16 inputs, else float32."""
+def launch_dz(made: Ready, slopes: Slopes, columns: slice, y_NK: Tensor | None) -> Tensor:
+    """The gradient of some columns' h w^T + bias: bf16 for bf16 inputs, else float32.
+
+    Of logits that are given (h w^T + a b^T of these columns, float32), or that the kernel makes.
+    """
     h_ND = made.logits.h_ND
     n_rows, n_columns = len(h_ND), columns.stop - columns.start
     dz_NK = h_ND.new_empty(n_rows, n_columns, dtype=dz_dtype(h_ND.dtype))
-    kernel, blocks = _choice("dz", n_rows, kept=y_NV is not None)
+    kernel, blocks = _choice("dz", n_rows, kept=y_NK is not None)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (-(-n_rows // meta["BLOCK_R"]) * -(-n_columns // meta["BLOCK_K"]),)
 
     kernel[grid](
-        **_made_of(made, columns, y_NV),
+        **_made_of(made, columns, y_NK),
         top_ptr=slopes.top_N.contiguous(),
         slope_a_ptr=slopes.a_N.contiguous(),
         slope_b_ptr=_contiguous(slopes.b_N),
@@ -176,25 +200,36 @@ def launch_dz(made: Ready, slopes: Slopes, columns: slice, y_NV: Tensor | None) 
 
 
 def launch_add_dw(
-    dz_NK: Tensor, h_ND: Tensor, high_KD: Tensor, low_KD: Tensor, *, first: bool, last: bool
+    dz_NK: Tensor, h_ND: Tensor, high_KD: Tensor, low_KC: Tensor, *, first: bool, last: bool
 ) -> None:
-    """dw += dz^T h, where the upper 16 bits of dw are bf16 and the next 8 lie beside them."""
+    """dw += dz^T h, where the upper 16 bits of dw are bf16 and the next 4 lie in `low_KC`.
+
+    Of each 2 * HALF columns of dw, the bytes of `low_KC` have a column of the first half in their lower bits
+    and the same column of the second half in their upper.
+    """
     n_columns, width = high_KD.shape
     kernel, blocks = kernels().tuned_add_dw, {}
     if kernels().INTERPRETED:
-        kernel, blocks = kernels().add_dw_kernel, {"BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_D": 32}
-    kernel[lambda meta: (-(-n_columns // meta["BLOCK_K"]) * -(-width // meta["BLOCK_D"]),)](
+        kernel, blocks = kernels().add_dw_kernel, {"BLOCK_R": 32, "BLOCK_K": 64}
+    n_blocks = -(-width // (2 * HALF))
+    kernel[lambda meta: (-(-n_columns // meta["BLOCK_K"]) * n_blocks,)](
         dz_ptr=dz_NK,
         h_ptr=h_ND,
         high_ptr=high_KD,
-        low_ptr=low_KD,
+        low_ptr=low_KC,
         n_rows=len(h_ND),
         n_columns=n_columns,
         FIRST=first,
         LAST=last,
         WIDTH=width,
+        HALF=HALF,
         **blocks,
     )
+
+
+def low_columns(width: int) -> int:
+    """How many bytes lie beside a row of dw."""
+    return -(-width // (2 * HALF)) * HALF
 
 
 def dz_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -216,11 +251,12 @@ def _choice(name: str, n_rows: int, *, kept: bool) -> tuple[Any, dict[str, int]]
     if kernels().INTERPRETED:
         return getattr(kernels(), f"{name}_kernel"), {"BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_D": 32}
     if kept:
-        return getattr(kernels(), f"{name}_kernel"), {"BLOCK_R": 8, "BLOCK_K": 512, "BLOCK_D": 16}
+        rows, columns = KEPT_TILES[name]
+        return getattr(kernels(), f"{name}_kernel"), {"BLOCK_R": rows, "BLOCK_K": columns, "BLOCK_D": 16}
     return getattr(kernels(), f"tuned_{name}"), {"BLOCK_R": min(128, power_of_2(n_rows, 16))}
 
 
-def _made_of(made: Ready, columns: slice, y_NV: Tensor | None) -> dict[str, Any]:
+def _made_of(made: Ready, columns: slice, y_NK: Tensor | None) -> dict[str, Any]:
     """What every kernel is told about its logits."""
     h_ND, w_VD, bias_V, a_NR, b_VR, _, floor_N = made.logits
     rank = 1 if a_NR is None else a_NR.shape[1]
@@ -229,7 +265,7 @@ def _made_of(made: Ready, columns: slice, y_NV: Tensor | None) -> dict[str, Any]
         "w_ptr": w_VD[columns],
         "a_ptr": a_NR,
         "b_ptr": None if b_VR is None else b_VR[columns],
-        "y_ptr": None if y_NV is None else y_NV[:, columns],
+        "y_ptr": y_NK,
         "bias_ptr": None if bias_V is None else bias_V[columns],
         "floor_ptr": floor_N,
         "pick_start_ptr": made.start_N1,
@@ -237,7 +273,7 @@ def _made_of(made: Ready, columns: slice, y_NV: Tensor | None) -> dict[str, Any]
         "n_rows": len(h_ND),
         "w_stride": w_VD.stride(0),
         "w_step": w_VD.stride(1),
-        "y_stride": 0 if y_NV is None else y_NV.stride(0),
+        "y_stride": 0 if y_NK is None else y_NK.stride(0),
         "gain": made.gain,
         "cap": made.cap,
         "WIDTH": h_ND.shape[1],
