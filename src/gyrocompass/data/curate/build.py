@@ -11,11 +11,9 @@ more, or a document less, costs a shard or two; steps about all documents are re
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +32,6 @@ from gyrocompass.data.curate.config import BuildConfig, NamedStep
 from gyrocompass.data.curate.corpus import BATCH_ROWS, Corpus, annotation_path, id_numbers
 from gyrocompass.data.curate.dataset import (
     COVERED,
-    DATASET,
     LEAVES,
     LEDGER,
     STATISTICS,
@@ -56,12 +53,13 @@ from gyrocompass.data.curate.parts import (
     sign_part,
 )
 from gyrocompass.data.curate.reading import link, read_corpus
+from gyrocompass.data.curate.pseudonym import Pseudonyms
 from gyrocompass.data.curate.step import GlobalStep, RecordStep
+from gyrocompass.data.curate.versions import DATASET, DATASET_KIND, remember
 from gyrocompass.data.document import QUARANTINED
 
 ANNOTATED = "annotations"
-DATASET_KIND = "dataset"
-"""Kinds of artifacts."""
+"""The kind of artifact that holds what a step said."""
 
 PART_KEYS = "parts.json"
 """For each shard of annotations, what they depend on: equal keys, equal annotations."""
@@ -82,28 +80,14 @@ class Built(NamedTuple):
     """What a build came to."""
 
     config: BuildConfig
+    corpus: Artifact
+    """All that was read."""
     stages: tuple[Stage, ...]
 
     @property
     def dataset(self) -> Artifact:
         """The data set."""
         return self.stages[-1].artifact
-
-    @property
-    def corpus(self) -> Artifact:
-        """All that was read."""
-        return self.stages[0].artifact
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """See `read_facts`."""
-        return read_facts(self.dataset)
-
-
-def read_facts(dataset: Artifact) -> dict[str, Any]:
-    """What a data set says of itself: name, root, counts."""
-    facts: dict[str, Any] = json.loads((dataset.path / DATASET).read_text("utf-8"))
-    return facts
 
 
 class Builder:
@@ -133,6 +117,17 @@ class Builder:
             BadInput: a source is missing, holds no document, or too much of it cannot be read.
             GyroError: a step fails on too many documents.
         """
+        begun = self.progress.clock()
+        corpus, reused = read_corpus(config, self.store, self.progress)
+        read = Stage("read", corpus, reused, self.progress.clock() - begun)
+        on_stage(read)
+        on = self.build_on(config, corpus, on_stage)
+        return on._replace(stages=(read, *on.stages))
+
+    def build_on(
+        self, config: BuildConfig, corpus: Artifact, on_stage: Callable[[Stage], None] = lambda stage: None
+    ) -> Built:
+        """The same on a corpus that was read before, whatever has become of its sources."""
         stages: list[Stage] = []
 
         def timed(name: str, work: Callable[[], tuple[Artifact, bool]]) -> Artifact:
@@ -142,14 +137,13 @@ class Builder:
             on_stage(stages[-1])
             return artifact
 
-        corpus = timed("read", lambda: read_corpus(config, self.store, self.progress))
         notes: dict[str, Artifact] = {}
         for named in config.steps:
             notes[named.label] = timed(
                 named.label, lambda named=named: self._annotated(config, named, corpus, notes)
             )
-        timed("decide", lambda: self._decided(config, corpus, notes))
-        return Built(config, tuple(stages))
+        remember(self.store, timed("decide", lambda: self._decided(config, corpus, notes)))
+        return Built(config, corpus, tuple(stages))
 
     def _annotated(
         self, config: BuildConfig, named: NamedStep, corpus: Artifact, notes: Mapping[str, Artifact]
@@ -263,7 +257,7 @@ class Builder:
         parents = {"corpus": corpus, **{f"annotations.{label}": found for label, found in notes.items()}}
         ids = {role: parent.id for role, parent in parents.items()}
         rules = settings["rules"]
-        key = "dataset-" + config_hash([_VERSION, config.name, rules, [_key_hash(config)], ids])
+        key = "dataset-" + config_hash([_VERSION, config.name, rules, _key_ids(config), ids])
         found = self.store.find(key)
         if found is not None:
             return found, True
@@ -326,10 +320,10 @@ def _part_keys(settings: Mapping[str, Any], corpus: Artifact, read: Mapping[str,
     return keys
 
 
-def _key_hash(config: BuildConfig) -> list[str]:
-    """Hashes of the pseudonyms' keys: another key makes another data set."""
+def _key_ids(config: BuildConfig) -> list[str]:
+    """Which keys pseudonyms are made with: another key makes another data set."""
     files = [rule.pseudonymise.key_file for rule in config.rules if rule.pseudonymise is not None]
-    return [hashlib.sha256(b"gyrocompass key" + Path(file).read_bytes()).hexdigest() for file in files]
+    return [Pseudonyms(Path(file)).key_id for file in files]
 
 
 def _check_failures(failures: pa.Table, documents: int, most: float, label: str) -> None:

@@ -15,18 +15,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from gyrocompass.data.curate.corpus import PART_SEPARATOR
+from gyrocompass.data.curate.spans import Span, mask as mask
 from gyrocompass.data.document import Document, Step
 
-Replacement = Callable[[str, str], str]
-"""(what a span covers, its kind) -> what stands there instead."""
+Replacement = Callable[[Span, str], str]
+"""(a span, what it covers) -> what stands there instead."""
 
 
 class Cover(NamedTuple):
     """A span to be covered."""
 
-    start: int
-    end: int
-    kind: str
+    span: Span
     by: Replacement
 
 
@@ -41,23 +40,23 @@ def cover(document: Document, covers: Iterable[Cover]) -> Covered:
     """Cover spans of a document.
 
     >>> document = Document(kind="text", text="Write to a@b.de", path="a.txt", source="s", slice="text")
-    >>> covered = cover(document, [Cover(9, 15, "email", lambda text, kind: f"<{kind}>")])
+    >>> covered = cover(document, [Cover(Span(9, 15, "email", 1.0), mask)])
     >>> covered.document.text, covered.document.origin_ids == (document.id,)
-    ('Write to <email>', True)
+    ('Write to [email]', True)
     """
     chosen = _disjoint(covers)
     begin, texts, kinds = 0, [], Counter[str]()
     maps: list[Callable[[int], int]] = []
     for text in document.texts:
         own = [
-            part._replace(start=max(part.start - begin, 0), end=min(part.end - begin, len(text)))
-            for part in chosen
-            if part.start < begin + len(text) and part.end > begin
+            Cover(span._replace(start=max(span.start - begin, 0), end=min(span.end - begin, len(text))), by)
+            for span, by in chosen
+            if span.start < begin + len(text) and span.end > begin
         ]
         covered, moved = _cover_text(text, own)
         texts.append(covered)
         maps.append(moved)
-        kinds.update(part.kind for part in own)
+        kinds.update(span.kind for span, _ in own)
         begin += len(text) + len(PART_SEPARATOR)
     if not kinds:
         return Covered(document, kinds)
@@ -69,10 +68,10 @@ def _disjoint(covers: Iterable[Cover]) -> list[Cover]:
     """Covers without those that overlap an earlier one, by place."""
     taken: list[Cover] = []
     for new in covers:
-        place = bisect_left(taken, new.start, key=lambda part: part.start)
-        after_last = place == 0 or taken[place - 1].end <= new.start
-        before_next = place == len(taken) or new.end <= taken[place].start
-        if new.start < new.end and after_last and before_next:
+        place = bisect_left(taken, new.span.start, key=lambda old: old.span.start)
+        after_last = place == 0 or taken[place - 1].span.end <= new.span.start
+        before_next = place == len(taken) or new.span.end <= taken[place].span.start
+        if new.span.start < new.span.end and after_last and before_next:
             taken.insert(place, new)
     return taken
 
@@ -82,15 +81,15 @@ def _cover_text(text: str, covers: Sequence[Cover]) -> tuple[str, Callable[[int]
     pieces, place = [], 0
     shifts: list[tuple[int, int]] = []
     length = 0
-    for start, end, kind, by in covers:
-        new = by(text[start:end], kind)
-        pieces += [text[place:start], new]
-        length += start - place + len(new)
-        shifts.append((end, length - end))
-        place = end
+    for span, by in covers:
+        new = by(span, text[span.start : span.end])
+        pieces += [text[place : span.start], new]
+        length += span.start - place + len(new)
+        shifts.append((span.end, length - span.end))
+        place = span.end
 
     def moved(old: int) -> int:
-        old = next((end for start, end, *_ in covers if start < old < end), old)
+        old = next((span.end for span, _ in covers if span.start < old < span.end), old)
         return old + next((shift for end, shift in reversed(shifts) if end <= old), 0)
 
     return "".join([*pieces, text[place:]]), moved

@@ -28,11 +28,11 @@ from gyrocompass.core.folder import land, staging, sync
 from gyrocompass.data.curate.corpus import CORPUS_SCHEMA, Corpus, corpus_document
 from gyrocompass.data.curate.cover import Cover, Replacement, cover
 from gyrocompass.data.curate.merkle import LEAF_FIELDS, Leaf, leaf
-from gyrocompass.data.curate.pseudonym import read_pseudonyms
+from gyrocompass.data.curate.pseudonym import Pseudonyms
 from gyrocompass.data.curate.rules import Covering, Masking, Pseudonymising, Rule
+from gyrocompass.data.curate.spans import Span
 from gyrocompass.data.document import DOCUMENT_SCHEMA, document_row
 
-DATASET = "dataset.json"
 LEDGER = "ledger.parquet"
 COVERED = "covered.parquet"
 LEAVES = "leaves.parquet"
@@ -136,10 +136,10 @@ def document_batches(folder: Path, columns: Sequence[str]) -> Iterator[pa.Record
 
 def _replacement(covering: Covering) -> Replacement:
     if isinstance(covering, Pseudonymising):
-        return read_pseudonyms(Path(covering.key_file))
+        return Pseudonyms(Path(covering.key_file)).seal
     assert isinstance(covering, Masking)
     by = covering.by
-    return lambda text, kind: by.replace("{kind}", kind)
+    return lambda span, text: by.replace("{kind}", span.kind)
 
 
 def _covered_rows(
@@ -187,7 +187,7 @@ def _covers(
                     covering.min_score is None or score is None or score >= np.float32(covering.min_score)
                 )
                 if is_kind and is_sure:
-                    found.setdefault(place, []).append(Cover(span["start"], span["end"], span["kind"], by))
+                    found.setdefault(place, []).append(Cover(Span(**span), by))
     return found
 
 

@@ -149,8 +149,6 @@ def _slices(before: Path, after: Path) -> list[SliceSums]:
         sums.append((documents, n_bytes))
     (documents_before, bytes_before), (documents_after, bytes_after) = sums
     return [
-        SliceSums(
-            name, documents_before[name], documents_after[name], bytes_before[name], bytes_after[name]
-        )
+        SliceSums(name, documents_before[name], documents_after[name], bytes_before[name], bytes_after[name])
         for name in sorted({*documents_before, *documents_after})
     ]

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,9 @@ class Once:
         self._names.add(f"{source}\0{path}")
 
 
-def corpus_key(config: BuildConfig, prints: Sequence[str], opt_out: OptOut) -> str:
-    """The cache key of a corpus: what is read, the state of its files, what is left out."""
-    sources = [source.model_dump(mode="json") for source in config.sources]
-    settings = [sources, list(prints), config.max_quarantined_share, config.shard_bytes]
-    return "corpus-" + config_hash([_VERSION, settings, opt_out.digest])
+def stored_key(recipe: Mapping[str, Any]) -> str:
+    """The cache key of a corpus: its recipe says what is read, the state of its files, what is left out."""
+    return "corpus-" + config_hash([_VERSION, recipe])
 
 
 def opt_out_of(config: BuildConfig, store: Store) -> OptOut:
@@ -131,18 +129,17 @@ def read_corpus(config: BuildConfig, store: Store, progress: Progress) -> tuple[
     """
     prints = [fingerprint(source) for source in config.sources]
     opt_out = opt_out_of(config, store)
-    key = corpus_key(config, prints, opt_out)
-    found = store.find(key)
-    if found is not None:
-        return found, True
-    sources = [source.model_dump(mode="json") for source in config.sources]
     recipe = {
-        "sources": sources,
+        "sources": [source.model_dump(mode="json") for source in config.sources],
         "fingerprints": prints,
         "max_quarantined_share": config.max_quarantined_share,
         "shard_bytes": config.shard_bytes,
         "opt_out": opt_out.digest,
     }
+    key = stored_key(recipe)
+    found = store.find(key)
+    if found is not None:
+        return found, True
     with store.locked_work(key, f"the corpus of {config.name}"):
         work = store.work_dir(key)
         once = Once()
@@ -243,9 +240,3 @@ def _listed(folders: Iterable[Path]) -> Iterator[DocumentRow]:
         for row in pq.read_table(folder / QUARANTINED).to_pylist():
             if row["document_id"]:
                 yield DocumentRow(row["document_id"], row["path"], row["source"], "", "quarantined")
-
-
-def read_counts(corpus: Artifact) -> dict[str, Any]:
-    """What reading left out, by reason."""
-    skipped: dict[str, int] = json.loads((corpus.path / SKIPPED).read_text("utf-8"))
-    return skipped

@@ -5,7 +5,7 @@
       - drop: {column: quality.words, below: {prose: 50, code: 5, "*": 20}}
       - drop: {column: secrets.spans, min_score: 0.9}
       - keep_one: {column: fuzzy_duplicates.cluster, prefer: [{column: quality.score, order: highest}]}
-      - mask: {column: pii.spans, kinds: [email, phone], by: "<{kind}>"}
+      - mask: {column: pii.spans, kinds: [email, phone], by: "[{kind}]"}
 
 Rules are read in order, and the first one that keeps or drops a document decides; masks of a document that
 stays add up. A threshold may differ by slice: the name of the slice itself, else the longest name that it
@@ -197,7 +197,7 @@ class Covering(Selected):
 class Masking(Covering):
     """Spans that are replaced by one text for all."""
 
-    by: str = "<{kind}>"
+    by: str = "[{kind}]"
     """`{kind}` is the span's kind."""
 
 
@@ -205,7 +205,7 @@ class Pseudonymising(Covering):
     """Spans that are replaced by a pseudonym: the same for the same text, and reversible with the key."""
 
     key_file: str
-    """A file with the secret, 32 bytes at least; it is read and never stored."""
+    """A file that `pseudonym.new_key` made; it is read and never stored."""
 
 
 class Rule(Config):

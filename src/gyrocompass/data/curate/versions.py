@@ -56,7 +56,9 @@ def open_dataset(store: Store, name: str | None = None, *, verify: bool = False)
     if name is None:
         if not pointers:
             raise BadInput(
-                "no data set was built in this store", where=store.root, fix="gyro data build FILE, or --store"
+                "no data set was built in this store",
+                where=store.root,
+                fix="gyro data build FILE, or --store",
             )
         name = max(pointers, key=lambda known: pointers[known].stat().st_mtime_ns)
     if (Path(name) / MANIFEST).is_file():

@@ -8,6 +8,7 @@ document, so that one sees which others would have dropped it too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gyrocompass.core.artifact import Artifact
-from gyrocompass.core.errors import BadInput, did_you_mean
+from gyrocompass.core.errors import BadInput, nearest
 from gyrocompass.core.store import Store
 from gyrocompass.data.curate.config import BuildConfig, build_from
 from gyrocompass.data.curate.corpus import Corpus
@@ -27,6 +28,7 @@ from gyrocompass.data.curate.rules import Condition
 from gyrocompass.data.document import QUARANTINED
 
 _SHOWN = 8
+_COMPARED = 2000
 _FACTS = ["id", "path", "source", "slice", "licence", "language", "n_bytes", "content_hash"]
 
 
@@ -153,9 +155,11 @@ def _matching(corpus: Corpus, dataset: Artifact, name: str) -> str | dict[str, A
         place = row["path"] if row["line"] is None else f"{row['path']}:{row['line']}"
         if name in (place, row["path"], row["document_id"]) or place.endswith(f"/{name}"):
             return dict(row)
-    known = (path for batch in corpus.batches(["path"]) for path in batch["path"].to_pylist()[:100])
+    paths = (path for batch in corpus.batches(["path"]) for path in batch["path"].to_pylist())
+    best = nearest(name, itertools.islice(paths, _COMPARED))
+    hint = f"; did you mean {best}?" if best else ""
     raise BadInput(
-        f"no document of this name was read: {name!r}{did_you_mean(name, list(known)[:1000])}",
+        f"no document of this name was read: {name!r}{hint}",
         where=dataset.id,
         fix="give its id or its path; what was left out by an opt-out or a limit was not read",
     )
