@@ -36,7 +36,6 @@ from gyrocompass.data.curate.dataset import (
     LEDGER,
     STATISTICS,
     DatasetPart,
-    DatasetPartDone,
     leaf_table,
     sums,
     write_part,
@@ -47,7 +46,6 @@ from gyrocompass.data.curate.merkle import Leaf, merkle_root
 from gyrocompass.data.curate.parts import (
     ANNOTATIONS,
     Part,
-    PartDone,
     annotate_part,
     read_signatures,
     sign_part,
@@ -204,11 +202,9 @@ class Builder:
         rows = source.rows
         done = source.n_documents - sum(rows[part.shard] for part in waiting)
         task = self.progress.task(named.label, source.n_documents, "doc", done=done)
-        function: Callable[[Part], PartDone] = (
-            sign_part if isinstance(named.step, GlobalStep) else annotate_part
-        )
-        for result in self.executor.run(function, waiting):
-            task.advance(result.documents)
+        function = sign_part if isinstance(named.step, GlobalStep) else annotate_part
+        for part in self.executor.run(function, waiting):
+            task.advance(rows[part.shard])
         task.finish()
         return folders
 
@@ -292,9 +288,8 @@ class Builder:
             if not folder.exists()
         ]
         task = self.progress.task("write", int(verdicts.kept_D.sum()), "doc")
-        results: Iterator[DatasetPartDone] = self.executor.run(write_part, waiting)
-        for result in results:
-            task.advance(result.documents)
+        for part in self.executor.run(write_part, waiting):
+            task.advance(int(part.kept.sum()))
         task.finish()
         return folders
 
