@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -57,6 +58,43 @@ class Step(NamedTuple):
     """1 right, 0 wrong, or between; None where nobody has said."""
 
 
+class Evidence(NamedTuple):
+    """Something that says under which licence a document is; what it amounts to is for others to weigh."""
+
+    kind: str
+    """`header` (SPDX line of the text), `file` (a licence file above it), `copyright` (its package's, DEP-5),
+    `link` (rel="license" of a page), or `record` (a field beside it)."""
+    where: str
+    """The file, and the line or paragraph in it."""
+    says: str
+    """Its own words, or the start of them: an SPDX expression, a short name, a URL, a first line."""
+
+
+class Repair(NamedTuple):
+    """A place of a text that is not what the file's bytes say as UTF-8."""
+
+    kind: str
+    """`charset` (decoded from another one), `mojibake` (decoded wrongly by somebody before), `control`."""
+    start: int
+    end: int
+    """In characters of the text."""
+    detail: str
+    """What was done: `windows-1252`, `latin-1 > utf-8`."""
+
+
+class Provenance(NamedTuple):
+    """Where a document's bytes were found, and what was seen and done there."""
+
+    sha256: str
+    """Of the bytes it was made from: a file, a line, a page's body, the texts of a row; 64 hex digits."""
+    file_sha256: str
+    """Of the file on the disk that these were in: an archive, a file of records, or the same again."""
+    time: datetime | None = None
+    """Of the source, UTC: when a page was fetched, what an archive or a log says, when a file was changed."""
+    evidence: tuple[Evidence, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+
+
 @dataclass(frozen=True)
 class Document:
     """One document. Which content fields are filled depends on `kind`.
@@ -74,6 +112,7 @@ class Document:
         weight: multiplies the weight of each of its tokens; above 0.
         labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
         steps: the steps of its answer, which together are all of it.
+        provenance: where its bytes were found; None where the source does not say. No part of its identity.
         unit: documents that follow each other under one name are read together; a preference is a unit of
             its own.
         group: documents of one group stay on one side of a split; None means that of its unit, or of its own
@@ -101,6 +140,7 @@ class Document:
     unit: str | None = None
     labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     steps: tuple[Step, ...] = ()
+    provenance: Provenance | None = None
 
     @cached_property
     def content_hash(self) -> str:
@@ -169,6 +209,10 @@ class Quarantined(NamedTuple):
     source: str = ""
     document_id: str | None = None
     """Where it had already become a document."""
+    offset: int | None = None
+    """The byte it begins at, or where reading had to stop, in the file as it is unpacked."""
+    n_bytes: int | None = None
+    """How much is lost with it, where that is known."""
 
 
 class Skipped(NamedTuple):
@@ -192,6 +236,8 @@ class Tally:
     """UTF-8 bytes by slice."""
     quarantined: Counter[str] = field(default_factory=Counter)
     """Quarantined records by source."""
+    lost_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of quarantined records by source, as far as they are known."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Skipped records by reason."""
 
@@ -203,6 +249,7 @@ class Tally:
                 self.bytes[record.slice] += record.n_bytes
             case Quarantined():
                 self.quarantined[record.source] += 1
+                self.lost_bytes[record.source] += record.n_bytes or 0
             case Skipped():
                 self.skipped[record.reason] += 1
 
@@ -228,6 +275,35 @@ DOCUMENT_SCHEMA = pa.schema(
         ("labels", pa.map_(pa.string(), pa.float64())),
         ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
         ("content_hash", pa.string()),
+        (
+            "provenance",
+            pa.struct(
+                [
+                    ("sha256", pa.string()),
+                    ("file_sha256", pa.string()),
+                    ("time", pa.timestamp("us", tz="UTC")),
+                    (
+                        "evidence",
+                        pa.list_(
+                            pa.struct([("kind", pa.string()), ("where", pa.string()), ("says", pa.string())])
+                        ),
+                    ),
+                    (
+                        "repairs",
+                        pa.list_(
+                            pa.struct(
+                                [
+                                    ("kind", pa.string()),
+                                    ("start", pa.int64()),
+                                    ("end", pa.int64()),
+                                    ("detail", pa.string()),
+                                ]
+                            )
+                        ),
+                    ),
+                ]
+            ),
+        ),
     ]
 )
 
@@ -239,6 +315,8 @@ QUARANTINE_SCHEMA = pa.schema(
         ("excerpt", pa.string()),
         ("source", pa.string()),
         ("document_id", pa.string()),
+        ("offset", pa.int64()),
+        ("n_bytes", pa.int64()),
     ]
 )
 
@@ -302,6 +380,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
         row["origin_ids"] = tuple(row["origin_ids"])
         row["labels"] = MappingProxyType(dict(row["labels"]))
         row["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
+        row["provenance"] = _provenance(row.get("provenance"))
         del row["id"], row["content_hash"]
         yield Document(**row)
 
@@ -329,8 +408,22 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+def _provenance(row: Mapping[str, Any] | None) -> Provenance | None:
+    if row is None:
+        return None
+    evidence = tuple(Evidence(**each) for each in row["evidence"])
+    repairs = tuple(Repair(**each) for each in row["repairs"])
+    return Provenance(row["sha256"], row["file_sha256"], row["time"], evidence, repairs)
+
+
 def _document_row(document: Document) -> dict[str, Any]:
     row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
     messages = [message._asdict() for message in document.messages]
     steps = [step._asdict() for step in document.steps]
-    return row | {"messages": messages, "labels": list(document.labels.items()), "steps": steps}
+    row |= {"messages": messages, "labels": list(document.labels.items()), "steps": steps}
+    if document.provenance is not None:
+        found = document.provenance._asdict()
+        for name in ("evidence", "repairs"):
+            found[name] = [each._asdict() for each in found[name]]
+        row["provenance"] = found
+    return row
