@@ -26,7 +26,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
@@ -105,12 +104,12 @@ def read_debian(config: DebianSource) -> Iterator[Record]:
 
 
 def fingerprint_debian(config: DebianSource) -> str:
-    """A hash of all that would be read, paths, contents, times and copyright files."""
+    """A hash of all that would be read, paths, contents and copyright files."""
     packages = Packages(Path(config.root), _FOLDERS.values())
     digest = hashlib.sha256(f"{groff_version()}\0".encode())
     for file in _files(config, packages):
         for path in filter(None, (file.path, packages.copyright_file(file.package))):
-            digest.update(f"{path}\0{path.stat().st_mtime}\0".encode(errors="surrogateescape"))
+            digest.update(f"{path}\0".encode(errors="surrogateescape"))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -254,13 +253,12 @@ def _page(file: _File) -> Iterator[Record]:
     except Unsettable as error:
         yield Quarantined(name, None, str(error), error.said, SOURCE, n_bytes=len(data))
         return
-    sha256 = hashlib.sha256(page).hexdigest(), hashlib.sha256(data).hexdigest()
-    changed = datetime.fromtimestamp(file.path.stat().st_mtime, UTC)
     yield Document(
         kind="text",
         text=text,
         path=name,
         source=SOURCE,
         slice="debian/man",
-        provenance=Provenance(*sha256, changed),
+        file_hash=hashlib.sha256(data).hexdigest(),
+        provenance=Provenance(hashlib.sha256(page).hexdigest()),
     )

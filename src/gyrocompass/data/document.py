@@ -13,13 +13,13 @@ among the labels, which objectives read.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -83,14 +83,10 @@ class Repair(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """Where a document's bytes were found, and what was seen and done there."""
+    """What was seen and done where a document's bytes were found."""
 
     sha256: str
     """Of the bytes it was made from: a file, a line, a page's body, the texts of a row; 64 hex digits."""
-    file_sha256: str
-    """Of the file on the disk that these were in: an archive, a file of records, or the same again."""
-    time: datetime | None = None
-    """Of the source, UTC: when a page was fetched, what an archive or a log says, when a file was changed."""
     evidence: tuple[Evidence, ...] = ()
     repairs: tuple[Repair, ...] = ()
 
@@ -112,7 +108,10 @@ class Document:
         weight: multiplies the weight of each of its tokens; above 0.
         labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
         steps: the steps of its answer, which together are all of it.
-        provenance: where its bytes were found; None where the source does not say. No part of its identity.
+        time: when it was written, as the source itself says it, in UTC; a file system's times say nothing.
+        file_hash: sha256 (64 hex digits) of the file it was read from, where that is known; of an archive, for
+            what lies in one.
+        provenance: what raw files say about it; None where it comes from a data set.
         unit: documents that follow each other under one name are read together; a preference is a unit of
             its own.
         group: documents of one group stay on one side of a split; None means that of its unit, or of its own
@@ -140,6 +139,8 @@ class Document:
     unit: str | None = None
     labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     steps: tuple[Step, ...] = ()
+    time: datetime.datetime | None = None
+    file_hash: str | None = None
     provenance: Provenance | None = None
 
     @cached_property
@@ -254,6 +255,10 @@ class Tally:
                 self.skipped[record.reason] += 1
 
 
+_EVIDENCE = pa.list_(pa.struct([(name, pa.string()) for name in Evidence._fields]))
+_REPAIRS = pa.list_(
+    pa.struct([("kind", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("detail", pa.string())])
+)
 DOCUMENT_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -275,34 +280,11 @@ DOCUMENT_SCHEMA = pa.schema(
         ("labels", pa.map_(pa.string(), pa.float64())),
         ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
         ("content_hash", pa.string()),
+        ("time", pa.timestamp("us", tz="UTC")),
+        ("file_hash", pa.string()),
         (
             "provenance",
-            pa.struct(
-                [
-                    ("sha256", pa.string()),
-                    ("file_sha256", pa.string()),
-                    ("time", pa.timestamp("us", tz="UTC")),
-                    (
-                        "evidence",
-                        pa.list_(
-                            pa.struct([("kind", pa.string()), ("where", pa.string()), ("says", pa.string())])
-                        ),
-                    ),
-                    (
-                        "repairs",
-                        pa.list_(
-                            pa.struct(
-                                [
-                                    ("kind", pa.string()),
-                                    ("start", pa.int64()),
-                                    ("end", pa.int64()),
-                                    ("detail", pa.string()),
-                                ]
-                            )
-                        ),
-                    ),
-                ]
-            ),
+            pa.struct([("sha256", pa.string()), ("evidence", _EVIDENCE), ("repairs", _REPAIRS)]),
         ),
     ]
 )
@@ -352,7 +334,7 @@ def write_records(folder: Path, records: Iterable[Record]) -> Tally:
         for record in records:
             tally.add(record)
             if isinstance(record, Document):
-                rows[DOCUMENTS].append(_document_row(record))
+                rows[DOCUMENTS].append(document_row(record))
                 buffered_bytes += record.n_bytes
             elif isinstance(record, Quarantined):
                 rows[QUARANTINED].append(record._asdict())
@@ -376,13 +358,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
         BadInput: the folder holds no documents.
     """
     for row in _rows(folder, DOCUMENTS):
-        row["messages"] = tuple(Message(**message) for message in row["messages"])
-        row["origin_ids"] = tuple(row["origin_ids"])
-        row["labels"] = MappingProxyType(dict(row["labels"]))
-        row["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
-        row["provenance"] = _provenance(row.get("provenance"))
-        del row["id"], row["content_hash"]
-        yield Document(**row)
+        yield document_of(row)
 
 
 def read_quarantined(folder: Path) -> Iterator[Quarantined]:
@@ -408,22 +384,32 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _provenance(row: Mapping[str, Any] | None) -> Provenance | None:
-    if row is None:
-        return None
-    evidence = tuple(Evidence(**each) for each in row["evidence"])
-    repairs = tuple(Repair(**each) for each in row["repairs"])
-    return Provenance(row["sha256"], row["file_sha256"], row["time"], evidence, repairs)
-
-
-def _document_row(document: Document) -> dict[str, Any]:
+def document_row(document: Document) -> dict[str, Any]:
+    """A document as a row of `DOCUMENT_SCHEMA`."""
     row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
     messages = [message._asdict() for message in document.messages]
     steps = [step._asdict() for step in document.steps]
     row |= {"messages": messages, "labels": list(document.labels.items()), "steps": steps}
     if document.provenance is not None:
-        found = document.provenance._asdict()
-        for name in ("evidence", "repairs"):
-            found[name] = [each._asdict() for each in found[name]]
-        row["provenance"] = found
+        sha256, evidence, repairs = document.provenance
+        noted = {
+            "evidence": [each._asdict() for each in evidence],
+            "repairs": [each._asdict() for each in repairs],
+        }
+        row["provenance"] = {"sha256": sha256, **noted}
     return row
+
+
+def document_of(row: Mapping[str, Any]) -> Document:
+    """The document of a row; columns that older files lack have their defaults."""
+    fields = {name: value for name, value in row.items() if name not in ("id", "content_hash")}
+    fields["messages"] = tuple(Message(**message) for message in row["messages"])
+    fields["origin_ids"] = tuple(row["origin_ids"])
+    fields["labels"] = MappingProxyType(dict(row["labels"]))
+    fields["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
+    noted = row.get("provenance")
+    if noted is not None:
+        evidence = tuple(Evidence(**each) for each in noted["evidence"])
+        repairs = tuple(Repair(**each) for each in noted["repairs"])
+        fields["provenance"] = Provenance(noted["sha256"], evidence, repairs)
+    return Document(**fields)

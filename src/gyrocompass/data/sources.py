@@ -133,8 +133,6 @@ def read_sources(sources: Iterable[Source], *, max_quarantined_share: float | No
 def fingerprint(source: Source) -> str:
     """A hash of the files that the source would read, names and contents: equal if and only if they are.
 
-    Of raw files their times too, as these become a part of the documents.
-
     Raises:
         BadInput: there are none.
     """
@@ -145,8 +143,6 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
     for path in _paths(source):
         digest.update(f"{path.as_posix()}\0".encode(errors="surrogateescape"))
-        if source.ingest:  # which notes it with each document
-            digest.update(f"{path.stat().st_mtime}\0".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -74,9 +74,9 @@ def test_every_kind_of_archive_gives_the_same_documents(here: Path, read: Reader
         (f"{name}!/b/three.md", "# drei, 三\n", "text", None),
     ]
     assert not records.quarantined
-    first = records.documents[0].provenance
-    assert first.sha256 == hashlib.sha256(b"first\n").hexdigest()
-    assert first.file_sha256 == hashlib.sha256(PACKED[name]).hexdigest()
+    first = records.documents[0]
+    assert first.provenance.sha256 == hashlib.sha256(b"first\n").hexdigest()
+    assert first.file_hash == hashlib.sha256(PACKED[name]).hexdigest()
     assert first.time == datetime.fromtimestamp(TIME, UTC)
 
 

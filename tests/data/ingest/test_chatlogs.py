@@ -133,7 +133,7 @@ def test_dialogues_become_chats_and_logs_of_people_stay_texts(here: Path, read: 
         Message("assistant", "Gladly."),
     )
     assert (irc.kind, irc.slice, irc.text) == ("text", "chat/log", IRC)
-    assert irc.provenance.time == datetime(2024, 5, 1, 12, 34, tzinfo=UTC)
+    assert irc.time == datetime(2024, 5, 1, 12, 34, tzinfo=UTC)
     assert phone.slice == "chat/log" and plain.slice == "text"
 
 

@@ -175,7 +175,7 @@ def test_captures_become_documents(here: Path, read: Reader, name: str) -> None:
     page, plain, russian = records.documents
     assert (page.path, page.slice) == (f"{name}#https://example.org/a", "web")
     assert PROSE in page.text and page.licence == "CC-BY-SA-4.0"
-    assert page.provenance.time == datetime(2024, 2, 29, 12, tzinfo=UTC)
+    assert page.time == datetime(2024, 2, 29, 12, tzinfo=UTC)
     assert plain.text == "plain text" and russian.text == "по-русски"
     assert russian.provenance.repairs[0].detail == "koi8-r"
     assert [s.reason for s in records.skipped] == ["a warcinfo record", "no text but image/png"]

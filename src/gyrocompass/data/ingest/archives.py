@@ -69,9 +69,10 @@ class Blob:
     """Its own name, less the suffix of how it is compressed: what kind of file it is."""
     stream: IO[bytes]
     source: str
-    file_sha256: str
-    """Of the file on the disk."""
+    file_hash: str
+    """sha256 of the file on the disk."""
     time: datetime | None = None
+    """As an archive, a capture or a log says it."""
     licences: LicenceFiles = field(default_factory=LicenceFiles)
     """Those of its tree or archive."""
     depth: int = 0

@@ -17,7 +17,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -105,8 +104,7 @@ class Reader(NamedTuple):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             budget = Budget(self.config.limits, file.tell())
             file.seek(0)
-            time = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-            blob = Blob(name, path.name, file, source, digest, time, licences)
+            blob = Blob(name, path.name, file, source, digest, licences=licences)
             try:
                 for found in unpack(blob, budget):
                     if isinstance(found, Blob):
@@ -284,13 +282,16 @@ class Reader(NamedTuple):
             said = (Evidence("record", document.path, document.licence),)
         provenance = Provenance(
             hashlib.sha256(data).hexdigest(),
-            blob.file_sha256,
-            blob.time,
             (*said, *blob.licences.above(blob.path)),
             text.repairs if text else (),
         )
-        licence = document.licence or evidence.stated(said)
-        return replace(document, licence=licence, provenance=provenance)
+        return replace(
+            document,
+            licence=document.licence or evidence.stated(said),
+            time=blob.time,
+            file_hash=blob.file_hash,
+            provenance=provenance,
+        )
 
 
 def _is_plain_name(name: str) -> bool:
