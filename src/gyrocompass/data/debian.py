@@ -34,7 +34,7 @@ from pydantic import Field, PositiveInt
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.debian_packages import Packages
-from gyrocompass.data.document import Document, Provenance, Quarantined, Record, Skipped
+from gyrocompass.data.document import Document, Provenance, Quarantined, Record, Repair, Skipped
 from gyrocompass.data.ingest.config import IngestSource
 from gyrocompass.data.ingest.evidence import LicenceFiles
 from gyrocompass.data.ingest.pages import Extractor, PageReader
@@ -232,9 +232,25 @@ def _untranslated(relative: str) -> str:
 
 def _sayings(document: Document) -> Iterator[Record]:
     """A fortune file's sayings: what stands between lines with nothing but a percent sign."""
-    for number, saying in enumerate(re.split(r"^%\n", document.text + "\n", flags=re.MULTILINE), 1):
+    noted, at = document.provenance, 0
+    assert noted is not None
+    for number, piece in enumerate(re.split(r"^%(?:\n|\Z)", document.text, flags=re.MULTILINE), 1):
+        saying = piece.strip("\n")
+        start = at + len(piece) - len(piece.lstrip("\n"))
+        at += len(piece) + 2
         if saying.strip():
-            yield replace(document, text=saying.strip("\n"), path=f"{document.path}#{number}")
+            repairs = _within(noted.repairs, start, start + len(saying))
+            provenance = noted._replace(repairs=repairs)
+            yield replace(document, text=saying, path=f"{document.path}#{number}", provenance=provenance)
+
+
+def _within(repairs: tuple[Repair, ...], start: int, end: int) -> tuple[Repair, ...]:
+    """Those of a part of a text, in characters of the part."""
+    return tuple(
+        each._replace(start=max(each.start, start) - start, end=min(each.end, end) - start)
+        for each in repairs
+        if each.start < end and each.end > start
+    )
 
 
 def _page(file: _File) -> Iterator[Record]:

@@ -109,7 +109,7 @@ class Document:
         labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
         steps: the steps of its answer, which together are all of it.
         time: when it was written, as the source itself says it, in UTC; a file system's times say nothing.
-        file_hash: sha256 (64 hex digits) of the file it was read from, where that is known; of an archive, for
+        file_hash: sha256 (64 hex digits) of the file it was read from, where that is known; of an archive for
             what lies in one.
         provenance: what raw files say about it; None where it comes from a data set.
         unit: documents that follow each other under one name are read together; a preference is a unit of

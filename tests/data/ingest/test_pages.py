@@ -152,6 +152,7 @@ def warc(*records: tuple[str, str, bytes], status: str = "200 OK", gzipped: bool
             url,
             "response",
             payload=io.BytesIO(body),
+            length=len(body),
             http_headers=http,
             warc_headers_dict={"WARC-Date": "2024-02-29T12:00:00Z"},
         )

@@ -65,13 +65,18 @@ def captures(stream: IO[bytes], max_bytes: int) -> Iterator[Capture]:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # it prints what err_count counts
                 record = next(records, None)
-        except (ArchiveLoadFailed, ValueError, AttributeError) as error:
+        except ArchiveLoadFailed as error:
             raise Damaged(f"not a record of a WARC file ({str(error).strip()})", offset) from error
-        if before is not None and before.raw_stream.limit > 0:
+        except (ValueError, AttributeError) as error:  # what it raises over half a header
+            raise Damaged("a record's headers are cut short or damaged", offset) from error
+        # What is left of a record that was read to its end is what the file lacks.
+        if before is not None and getattr(before.raw_stream, "limit", 1) > 0:
             raise Damaged("the file is cut short within a record", counted.offset)
         if records.err_count:
             raise Damaged("a record is not as long as it says", offset)
         if record is None:
+            if before is not None and counted.tail.strip(b"\r\n"):
+                raise Damaged("the file is cut short within a record", counted.offset)
             return
         before = record
         yield _capture(record, records.offset, max_bytes)
@@ -125,15 +130,18 @@ def _charset(parameters: str) -> str | None:
 
 
 class _Counted:
-    """A stream that knows how much of it was read."""
+    """A stream that knows how much of it was read, and what came last."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+        # What is there before a break is given first: read() would lose it to the error.
+        self._read = getattr(stream, "read1", stream.read)
         self.offset = 0
+        self.tail = b""
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
+        data: bytes = self._read(size)
         self.offset += len(data)
+        self.tail = (self.tail + data[-4:])[-4:]
         return data
 
     def tell(self) -> int:
