@@ -55,11 +55,12 @@ def test_mojibake_of_prose_is_mended_where_it_stands() -> None:
 
 
 def test_control_characters_go_and_the_note_stays() -> None:
-    found = decode(b"a\x07b\n\x1b[31mred\x1b[0m\n", repair=True, prose=True)
-    assert found.text == "ab\nred\n"
+    found = decode(b"a\x07b\n\x1b[31mred\x1b[0m\nB\x08Bo\x08ol\x08ld _\x08u\n", repair=True, prose=True)
+    assert found.text == "ab\nred\nBold u\n"
     assert [(r.kind, found.text[r.start : r.end]) for r in found.repairs] == [
         ("control", "ab"),
         ("control", "red"),
+        ("control", "Bold u"),
     ]
 
 

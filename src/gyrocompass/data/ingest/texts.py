@@ -9,9 +9,9 @@
     5  ftfy, line by line            prose that was UTF-8 once and was read as something else since
 
 Whatever is not plain UTF-8 is noted as a `Repair` with its place. ftfy mends encodings and takes out control
-characters here, nothing else: quotation marks, ligatures, entities and widths are the author's. Code is not
-mended, as it may hold such texts on purpose. Windows line ends become plain ones without a note, as
-everywhere else.
+characters (with what a backspace strikes out) here, nothing else: quotation marks, ligatures, entities and
+widths are the author's. Code is not mended, as it may hold such texts on purpose. Windows line ends become
+plain ones without a note, as everywhere else.
 
 Source: ftfy (Speer, 2019), https://ftfy.readthedocs.io.
 """
@@ -42,7 +42,9 @@ _SAMPLE_BYTES = 64 * 2**10
 _MOST_CHAOS = 0.2
 """charset_normalizer's measure of mess, 0 to 1, above which its best guess is no better than none."""
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
-_CONTROL_STEPS = {"remove_control_chars", "remove_terminal_escapes"}
+_CONTROL_STEPS = {"out", "remove_control_chars", "remove_terminal_escapes"}
+_OVERSTRUCK = re.compile("[^\x08]\x08")
+"""What typewriters and terminals write bold and underlined text with."""
 _MENDABLE = re.compile("[^\x00-\x7f]")
 
 
@@ -137,12 +139,12 @@ def _mended(text: str) -> tuple[str, list[Repair]]:
     for line in text.splitlines(keepends=True):
         body = line.rstrip("\n")
         if _MENDABLE.search(body) or _CONTROLS.search(body):
-            fixed, steps = fix(body, config)
+            struck = _OVERSTRUCK.sub("", body)
+            fixed, steps = fix(struck, config)
             if fixed != body:
-                detail = " > ".join(f"{name} {value}" for name, value in steps or [])
-                kind = (
-                    "mojibake" if any(name in ("encode", "decode") for name, _ in steps or []) else "control"
-                )
+                said = [("strike", "out")] * (struck != body) + (steps or [])
+                detail = " > ".join(f"{name} {value}" for name, value in said)
+                kind = "control" if all(value in _CONTROL_STEPS for _, value in said) else "mojibake"
                 repairs.append(Repair(kind, at, at + len(fixed), detail))
                 line = fixed + line[len(body) :]
         pieces.append(line)
