@@ -2,10 +2,10 @@
 
     pairs --roots--> the smallest member of each document's cluster
 
-Documents are numbered in the order of survival, so the smallest member is the one that stays. Each round hangs
-the root of the larger number under that of the smaller, for all pairs at once, then lets every document point
-to its root; rounds end when no pair joins two roots. The result is that of connected components: it depends
-neither on the order of pairs nor on the number of rounds.
+Documents are numbered in the order of survival, so the smallest member is the one that stays. Each round
+hangs the root of the larger number under that of the smaller, for all pairs at once, then lets every document
+point to its root; rounds end when no pair joins two roots. The result is that of connected components: it
+depends neither on the order of pairs nor on the number of rounds.
 
 Shape legend: D documents, P pairs.
 """
@@ -13,6 +13,8 @@ Shape legend: D documents, P pairs.
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from gyrocompass.data.curate.words import Int64Array
 
@@ -52,3 +54,18 @@ def first_of_equal(key_D: np.ndarray, *more: np.ndarray) -> Int64Array:  # type:
     first = np.empty(len(order), np.int64)
     first[order] = order[np.flatnonzero(fresh)[np.cumsum(fresh) - 1]] if len(order) else order
     return first
+
+
+def cluster_names(ids: pa.Array, root_D: Int64Array) -> pa.Array:
+    """The smallest id of each document's cluster, null where it is alone: [D].
+
+    >>> cluster_names(pa.array(["b", "c", "a"]), np.array([0, 1, 0])).to_pylist()
+    ['a', None, 'a']
+    """
+    by_id = pc.sort_indices(ids).to_numpy().astype(np.int64)
+    place_D = np.empty(len(by_id), np.int64)
+    place_D[by_id] = np.arange(len(by_id))
+    smallest_D = place_D.copy()
+    np.minimum.at(smallest_D, root_D, place_D)
+    alone_D = np.bincount(root_D, minlength=len(root_D))[root_D] == 1
+    return ids.take(pa.array(by_id[smallest_D[root_D]], mask=alone_D))

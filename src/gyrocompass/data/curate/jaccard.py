@@ -2,10 +2,10 @@
 
     pairs, Gather --compare--> Overlap      |A|, |B| and |A & B| for every pair
 
-A pair is one row of a matrix: the numbers of A with their lowest bit cleared, those of B with it set, and filling.
-When rows are sorted, equal numbers are neighbours; a number changes from A to B once if both have it. So that
-counting neighbours gives the sizes of A, B and of what they share, repeated shingles counted once, with one
-sort for a thousand pairs. Sets are compared by 63 of their 64 bits.
+A pair is one row of a matrix: the numbers of A with their lowest bit cleared, those of B with it set, and
+filling. When rows are sorted, equal numbers are neighbours; a number changes from A to B once if both have
+it. So that counting neighbours gives the sizes of A, B and of what they share, repeated shingles counted
+once, with one sort for a thousand pairs. Sets are compared by 63 of their 64 bits.
 
 Shape legend: P pairs, L the longest row.
 """
@@ -96,7 +96,9 @@ def _compare(left_P: Int64Array, right_P: Int64Array, gather: Gather) -> Overlap
     row_PL.sort(axis=1)
     fresh_PL = row_PL[:, 1:] != row_PL[:, :-1]
     of_right_PL = (row_PL & np.uint64(1)).astype(np.bool_)
-    crossed_PL = (row_PL[:, 1:] ^ row_PL[:, :-1]) == 1  # from A to B: within a pair of neighbours only A is even
+    crossed_PL = (
+        row_PL[:, 1:] ^ row_PL[:, :-1]
+    ) == 1  # from A to B: within a pair of neighbours only A is even
     shared_P = (crossed_PL & of_right_PL[:, 1:]).sum(axis=1)
     right_P_ = (fresh_PL & of_right_PL[:, 1:]).sum(axis=1) + of_right_PL[:, 0]
     distinct_P = fresh_PL.sum(axis=1) + 1

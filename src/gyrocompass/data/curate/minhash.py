@@ -8,10 +8,11 @@ words has none. The Jaccard similarity of two documents is that of their sets of
 
     J(A, B) = |A & B| / |A | B|.
 
-For a random permutation of all numbers, the chance that A and B have the same least shingle is J. Permutations
-are x -> a * x + c mod 2^32 over the upper half of the shingle, a odd; x is well mixed already, so that this is
-enough (measured: the share of equal minima is J within its binomial error, `tests/data/curate`). A band joins
-the minima of r permutations to one key; of b bands at least one agrees with the chance
+For a random permutation of all numbers, the chance that A and B have the same least shingle is J.
+Permutations are x -> a * x + c mod 2^32 over the upper half of the shingle, a odd; x is well mixed already,
+so that this is enough (measured: the share of equal minima is J within its binomial error,
+`tests/data/curate`). A band joins the minima of r permutations to one key; of b bands at least one agrees
+with the chance
 
     1 - (1 - J^r)^b,
 
@@ -34,7 +35,8 @@ UInt32Array = npt.NDArray[np.uint32]
 
 
 class Shingles(NamedTuple):
-    """The shingles of some documents, one after another, in the order of the text, repeated as they repeat."""
+    """The shingles of some documents, one after another, in the order of the text, repeated as they
+    repeat."""
 
     hash_S: UInt64Array
     begin_D1: Int64Array

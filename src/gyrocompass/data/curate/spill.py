@@ -4,8 +4,9 @@
         keys = spill.array(np.uint64)
         keys.append(values) ... keys.read(start, stop)
 
-When the limit is passed, every array moves to a file of its own and stays there. A file is gone when the spill
-is closed or the process ends, however it ends. Reading does not map files: what was read is what is resident.
+When the limit is passed, every array moves to a file of its own and stays there. A file is gone when the
+spill is closed or the process ends, however it ends. Reading does not map files: what was read is what is
+resident.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import ExitStack
-from typing import Any, BinaryIO, Self
+from io import RawIOBase
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +45,10 @@ class Spill:
         self._arrays.append(array)
         return array
 
-    def open(self) -> BinaryIO:
+    def open(self) -> RawIOBase:
         """A new file, closed with the spill."""
         try:
-            return self._stack.enter_context(tempfile.TemporaryFile(dir=self.folder, buffering=0))  # type: ignore[return-value]
+            return self._stack.enter_context(tempfile.TemporaryFile(dir=self.folder, buffering=0))
         except OSError as error:
             raise self.refused(error) from error
 
@@ -79,7 +81,7 @@ class SpillArray:
     def __init__(self, spill: Spill, dtype: np.dtype[Any]) -> None:
         self._spill, self._dtype = spill, dtype
         self._held: list[Array] = []
-        self._file: BinaryIO | None = None
+        self._file: RawIOBase | None = None
         self.size = 0
 
     def append(self, values: Array) -> None:

@@ -1,10 +1,11 @@
 """Which of several documents stays: best licence, then quality, then oldest, then the smallest id.
 
     documents --standings--> one row each     licence_rank, quality, time
-    standings, ids --survival_order--> order_D, place_D
+    standings, ids --survival_order--> order_D
 
-The order is total and is one of the documents themselves, so whatever keeps the first of a group keeps the same
-one however the documents came. Duplicate steps number documents by their place in it: the smallest number stays.
+The order is total and is one of the documents themselves, so whatever keeps the first of a group keeps the
+same one however the documents came. Duplicate steps number documents by their place in it: the smallest
+number stays.
 
 Licences are ranked by patterns, best first; what is not named comes after all that is, no licence comes last.
 In an SPDX expression the user may choose one side of OR, and is bound by both sides of AND.
@@ -20,11 +21,13 @@ from fnmatch import fnmatchcase
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gyrocompass.core.config import Config
 
 STANDING = pa.schema([("licence_rank", pa.int16()), ("quality", pa.float32()), ("time", pa.int64())])
-"""What decides who stays, as columns of a step's signatures; time in microseconds, null where it is not known."""
+"""What decides who stays, as columns of a step's signatures; time in microseconds, null where it is not
+known."""
 
 LICENCES = (
     "CC0-1.0|Unlicense|0BSD|LicenseRef-public-domain",
@@ -51,7 +54,7 @@ class SurvivorRule(Config):
         """0 for the best; for one that no pattern fits, their number; for none, one more.
 
         >>> rule = SurvivorRule(licences=("CC0-1.0", "MIT|Apache-*", "GPL-*"))
-        >>> [rule.licence_rank(name) for name in ("MIT", "GPL-3.0-only OR Apache-2.0", "MIT AND GPL-2.0-only")]
+        >>> [rule.licence_rank(name) for name in ("MIT", "GPL-3.0-only OR MIT", "MIT AND GPL-2.0-only")]
         [1, 1, 2]
         >>> [rule.licence_rank(name) for name in ("Proprietary", None)]
         [3, 4]
@@ -96,7 +99,7 @@ def survival_order(ids: pa.Array, standings: pa.RecordBatch) -> npt.NDArray[np.i
     time = standings["time"].fill_null(2**63 - 1).to_numpy()
     rank = standings["licence_rank"].to_numpy()
     worst = np.where(np.isnan(quality), np.float32(np.inf), -quality)
-    by_id = pa.compute.sort_indices(ids).to_numpy().astype(np.int64)
+    by_id = pc.sort_indices(ids).to_numpy().astype(np.int64)
     place = np.empty(len(by_id), np.int64)
     place[by_id] = np.arange(len(by_id))
     return np.lexsort((place, time, worst, rank))

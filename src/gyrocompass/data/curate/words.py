@@ -3,17 +3,18 @@ r"""Words as numbers: the text of many documents becomes one array of 64-bit wor
     texts --blocks--> texts, texts, ...        whole documents, about as much as a cache holds
     texts --word_hashes--> Words               hash_W, and where each document's words begin
 
-A word is what `\w+` finds in the lower-cased text, except that a character of a script that is written without
-spaces (Chinese, Japanese, Thai, ...) is a word by itself. With character codes c_j and an odd base b, the hash
-of a word that begins at i is mixed from
+A word is what `\w+` finds in the lower-cased text, except that a character of a script that is written
+without spaces (Chinese, Japanese, Thai, ...) is a word by itself. With character codes c_j and an odd base b,
+the hash of a word that begins at i is mixed from
 
     sum over its characters of c_j * b^(j - i)   mod 2^64,
 
-which for all words of a block are differences of one running sum: no loop over words in Python. Blocks of ASCII
-are read as the bytes they are; any other block as code points.
+which for all words of a block are differences of one running sum: no loop over words in Python. Blocks of
+ASCII are read as the bytes they are; any other block as code points.
 
-Equal words have equal hashes in every block and on every machine. Different words have different hashes except
-by accident (2^-64 for a pair), or by the design of somebody who knows the base: this is no cryptographic hash.
+Equal words have equal hashes in every block and on every machine. Different words have different hashes
+except by accident (2^-64 for a pair), or by the design of somebody who knows the base: this is no
+cryptographic hash.
 
 Shape legend: D documents, W words, N characters.
 """
@@ -79,7 +80,9 @@ def text_array(texts: Sequence[str] | pa.Array | pa.ChunkedArray) -> pa.Array:
             ) from error
     if texts.null_count:
         row = pc.index(pc.is_null(texts), True).as_py()
-        raise BadInput("a document has no text", where=f"row {row}", fix="leave it out, or give an empty text")
+        raise BadInput(
+            "a document has no text", where=f"row {row}", fix="leave it out, or give an empty text"
+        )
     return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_string())
 
 
@@ -140,7 +143,9 @@ def mix(value: UInt64Array) -> UInt64Array:
     return value
 
 
-def _words(folded_N: npt.NDArray[np.unsignedinteger], alone_N: BoolArray | None, begin_D1: Int64Array) -> Words:
+def _words(
+    folded_N: npt.NDArray[np.unsignedinteger], alone_N: BoolArray | None, begin_D1: Int64Array
+) -> Words:
     """Words from characters.
 
     Args:
@@ -157,7 +162,7 @@ def _words(folded_N: npt.NDArray[np.unsignedinteger], alone_N: BoolArray | None,
     edge = begin_D1[:-1][begin_D1[:-1] < folded_N.size]
     starts_N[edge] = inside_N[edge]
     start_W = np.flatnonzero(starts_N)
-    power_N, inverse_N = _powers(folded_N.size)
+    power_N, inverse_N = powers(folded_N.size)
     running_N1 = np.zeros(folded_N.size + 1, np.uint64)
     term_N = folded_N.astype(np.uint64)
     term_N *= power_N[: folded_N.size]
@@ -168,7 +173,7 @@ def _words(folded_N: npt.NDArray[np.unsignedinteger], alone_N: BoolArray | None,
     return Words(mix(hash_W), np.searchsorted(start_W, begin_D1))
 
 
-def _powers(size: int) -> tuple[UInt64Array, UInt64Array]:
+def powers(size: int) -> tuple[UInt64Array, UInt64Array]:
     """The base's powers 0, 1, ... and their inverses mod 2^64, at least so many."""
     return _kept_powers() if size <= 2 * BLOCK_BYTES else _powers_of(size)
 
