@@ -352,7 +352,7 @@ def write_documents(folder: Path, documents: Iterable[Document]) -> Tally:
 
 
 def read_documents(folder: Path) -> Iterator[Document]:
-    """The documents that `write_records` wrote, in their order, streamed.
+    """The documents that `write_records` wrote, or that a data set holds in shards, in their order, streamed.
 
     Raises:
         BadInput: the folder holds no documents.
@@ -372,16 +372,18 @@ def read_quarantined(folder: Path) -> Iterator[Quarantined]:
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    path = folder / name
-    if not path.is_file():
+    whole, stem = folder / name, name.removesuffix(".parquet")
+    paths = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*.parquet"))
+    if not paths:
         raise BadInput(
             f"no {name} here: not a folder of documents",
             where=folder,
-            fix="give the folder of a documents stage",
+            fix="give the folder of a documents stage, or of a data set",
         )
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
 
 
 def document_row(document: Document) -> dict[str, Any]:

@@ -52,8 +52,8 @@ from gyrocompass.data.curate.parts import (
     read_signatures,
     sign_part,
 )
-from gyrocompass.data.curate.reading import link, read_corpus
 from gyrocompass.data.curate.pseudonym import Pseudonyms
+from gyrocompass.data.curate.reading import link, read_corpus
 from gyrocompass.data.curate.step import GlobalStep, RecordStep
 from gyrocompass.data.curate.versions import DATASET, DATASET_KIND, remember
 from gyrocompass.data.document import QUARANTINED
@@ -284,7 +284,6 @@ class Builder:
                 verdicts.kept_D[begins[shard] : begins[shard + 1]],
                 shard,
                 folder,
-                self.batch_rows,
             )
             for shard, folder in enumerate(folders)
             if not folder.exists()

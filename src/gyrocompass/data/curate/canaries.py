@@ -2,10 +2,9 @@
 
     seed, slice, kinds --plant--> Planted(text, truth)       --measure(find)--> Found by kind: recall, precision
 
-Values are drawn, with check digits that are right, in the forms that people write; around them stand
-sentences, code or chat, and among them decoys: what looks alike and is not (versions, dates, ISBNs, hashes,
-slices of lists, numbers whose check digits are wrong). Carriers hold nothing else that a finder could rightly
-find.
+Values are drawn, with check digits that are right, in the forms that people write; around them stand sentences,
+code or chat, and among them decoys: what looks alike and is not (versions, dates, ISBNs, hashes, slices of
+lists, numbers whose check digits are wrong). Carriers hold nothing else that a finder could rightly find.
 
 A planted value counts as found where a span of its kind covers at least half of it. A span that counts for
 nothing planted is a false one, whatever its kind says.
@@ -110,10 +109,7 @@ def plant(
             text, truth = "", []
             for line in range(6):
                 before, after = chance.choice(CARRIERS[slice_name]).replace("{}", "\0").split("\0")
-                before, after = (
-                    before.replace("{{", "{").replace("}}", "}"),
-                    after.replace("{{", "{").replace("}}", "}"),
-                )
+                before, after = before.replace("{{", "{").replace("}}", "}"), after.replace("{{", "{").replace("}}", "}")
                 if line % 2:
                     value = chance.choice(decoys)(chance)
                 else:
@@ -125,9 +121,7 @@ def plant(
             yield Planted(text, slice_name, tuple(truth))
 
 
-def measure(
-    find: Find, planted: Iterable[Planted], minimum_score: float = 0.5
-) -> dict[tuple[str, str], Found]:
+def measure(find: Find, planted: Iterable[Planted], minimum_score: float = 0.5) -> dict[tuple[str, str], Found]:
     """What a finder finds, by slice and kind; ("all", KIND) and (SLICE, "all") add them up."""
     table: dict[tuple[str, str], Found] = {}
 

@@ -3,8 +3,8 @@
     texts --join--> text "doc 1 \\n\\0\\n doc 2 ...", code_N, start_D
 
 Every position of `text` is also one of `code_N`, whose 8-bit codes numpy can search: a character beyond
-Latin-1 is a question mark there. No pattern of this package crosses a NUL, so that what is found in a
-document depends on it alone and not on its neighbours in the batch.
+Latin-1 is a question mark there. No pattern of this package crosses a NUL, so that what is found in a document
+depends on it alone and not on its neighbours in the batch.
 
 Shape legend: N characters of the joined text, D documents, H hits.
 """

@@ -41,8 +41,7 @@ _SERVICES = frozenset(
 _LOCAL_BACKWARDS = re.compile(r"[\w%+'-](?:[\w.%+'-]{0,62}[\w%+-])?")
 _DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-]|\.\w)")
 _SPELLED = re.compile(
-    r"(?i)(?<![\w.])([\w.%+-]{1,64}) ?[\[(] ?at ?[\])] ?((?:[\w-]{1,63} ?(?:\.|[\[(] ?dot ?[\])]| dot )
-    ?)+([a-z]{2,24}))\b"
+    r"(?i)(?<![\w.])([\w.%+-]{1,64}) ?[\[(] ?at ?[\])] ?((?:[\w-]{1,63} ?(?:\.|[\[(] ?dot ?[\])]| dot ) ?)+([a-z]{2,24}))\b"
 )
 
 _SUFFIX = (
@@ -50,41 +49,27 @@ _SUFFIX = (
     "Pkwy|Highway|Hwy|Close|Crescent|Gardens|Grove|Circle|Cir|Hill|Mews|Row|Quay"
 )
 _ENGLISH = re.compile(
-    rf"\d{{1,5}}[A-Za-z]? (?:[NSEW]\.? |(?:North|South|East|West) )?(?:[A-Z][\w'’-]+ |\d{{1,3}}(?:st|nd|rd|th)
-    ){{1,3}}" rf"(?:{_SUFFIX})\b\.?(?:,? (?:Apt|Suite|Unit|Flat|#)\.? ?\w{{1,5}})?" r"(,?\s+[A-Z][\w.'’
-    -]{1,30}?,?\s+(?:[A-Z]{2},?\s+\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]{2,3} \d{4}))?"
+    rf"\d{{1,5}}[A-Za-z]? (?:[NSEW]\.? |(?:North|South|East|West) )?(?:[A-Z][\w'’-]+ |\d{{1,3}}(?:st|nd|rd|th) ){{1,3}}"
+    rf"(?:{_SUFFIX})\b\.?(?:,? (?:Apt|Suite|Unit|Flat|#)\.? ?\w{{1,5}})?"
+    r"(,?\s+[A-Z][\w.'’ -]{1,30}?,?\s+(?:[A-Z]{2},?\s+\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]{2,3} \d{4}))?"
 )
 _FRENCH = re.compile(
     r"\d{1,4}(?: ?(?:bis|ter))?,? (?:rue|avenue|boulevard|place|chemin|impasse|allée|quai|route|cours)"
-    r" (?:(?:de|du|des|la|le|les|l'|d'|l’|d’) ?)*[A-ZÀ-Ý][\w'’-]+(?:[ -](?:(?:de|du|des|la|le|et)
-    )*[A-ZÀ-Ý][\w'’-]+){0,3}" r"(,?\s+\d{5} [A-ZÀ-Ý][\w'’-]+)?"
+    r" (?:(?:de|du|des|la|le|les|l'|d'|l’|d’) ?)*[A-ZÀ-Ý][\w'’-]+(?:[ -](?:(?:de|du|des|la|le|et) )*[A-ZÀ-Ý][\w'’-]+){0,3}"
+    r"(,?\s+\d{5} [A-ZÀ-Ý][\w'’-]+)?"
 )
 _TOWN = r"(,?\s+(?:[A-Z]{1,2}-)?\d{4,5}(?: [A-Z]{2})? [A-ZÀ-Ý][\w'’-]+)?"
 _GERMANIC = re.compile(
     r"(?<!\w)[A-ZÄÖÜ](?:[\wäöüß-]{0,30}(?:stra(?:ß|ss)e|str\.|weg|platz|allee|gasse|ufer|damm|ring|straat|laan|plein|gracht"
-    r"|kade)|[\wäöüß-]{1,20}[ -](?:Stra(?:ß|ss)e|Str\.|Weg|Platz|Allee|Ring|Ufer)),? \d{1,4} ?[a-z]?\b"
-    + _TOWN
+    r"|kade)|[\wäöüß-]{1,20}[ -](?:Stra(?:ß|ss)e|Str\.|Weg|Platz|Allee|Ring|Ufer)),? \d{1,4} ?[a-z]?\b" + _TOWN
 )
 _GERMANIC_END = re.compile(
-    r"(?:(?:[Ss]tra(?:ß|ss)|gass|kad)e|[Ss]tr\.|[Ww]eg|[Pp]latz|[Aa]llee|[Uu]fer|damm|[Rr]ing|straat|laan|plein|gracht),?
-    \Z"
+    r"(?:(?:[Ss]tra(?:ß|ss)|gass|kad)e|[Ss]tr\.|[Ww]eg|[Pp]latz|[Aa]llee|[Uu]fer|damm|[Rr]ing|straat|laan|plein|gracht),? \Z"
 )
 _IS_ALSO_A_WORD = re.compile(r"(?:ring|weg|platz|ufer|damm|plein),? \d")
-_ROMANCE_WORDS = (
-    "Calle ",
-    "Avenida ",
-    "Avda. ",
-    "Plaza ",
-    "Paseo ",
-    "Via ",
-    "Viale ",
-    "Piazza ",
-    "Corso ",
-    "Rua ",
-)
+_ROMANCE_WORDS = ("Calle ", "Avenida ", "Avda. ", "Plaza ", "Paseo ", "Via ", "Viale ", "Piazza ", "Corso ", "Rua ")
 _ROMANCE = re.compile(
-    r"\w+\.?(?: (?:de|del|la|las|los|el|do|da|di|dei|della))*(?: [A-ZÀ-Ý][\w'’-]+){1,3},? \d{1,4} ?[a-z]?\b"
-    + _TOWN
+    r"\w+\.?(?: (?:de|del|la|las|los|el|do|da|di|dei|della))*(?: [A-ZÀ-Ý][\w'’-]+){1,3},? \d{1,4} ?[a-z]?\b" + _TOWN
 )
 
 
@@ -122,11 +107,7 @@ def _email_score(text: str, start: int, at: int, end: int) -> float:
     local, domain = text[start:at].lower(), text[at + 1 : end].lower()
     last = domain.rsplit(".", 1)[1]
     is_known = last in _TOP_LEVEL or (last in _COUNTRIES and len(domain) > 4) or not last.isascii()
-    is_login = (
-        text[end : end + 1] == ":"
-        and text[end + 1 : end + 2].strip() != ""
-        or text[start - 2 : start] == "//"
-    )
+    is_login = text[end : end + 1] == ":" and text[end + 1 : end + 2].strip() != "" or text[start - 2 : start] == "//"
     if not is_known or is_login or local in _SERVICES or _RESERVED.search(domain):
         return UNLIKELY
     before = text[max(start - 48, 0) : start]
@@ -150,9 +131,7 @@ def _number_first(joined: Joined, start_R: Int64Array, end_R: Int64Array) -> Ite
     for pattern, is_candidate in ((_ENGLISH, is_english), (_FRENCH, is_french)):
         for start in start_R[is_candidate].tolist():
             match = pattern.match(text, start)
-            if match and not (
-                text[max(start - 1, 0) : start].isalnum() or text[start - 1 : start] in {*"-_./"}
-            ):
+            if match and not (text[max(start - 1, 0) : start].isalnum() or text[start - 1 : start] in {*"-_./"}):
                 yield Span(start, match.end(), "address", SURE if match[1] else LIKELY)
 
 

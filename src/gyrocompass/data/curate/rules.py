@@ -165,7 +165,7 @@ class Condition(Selected):
 
 
 class Preference(Config):
-    """What makes a document better than another: a higher or lower value, or an earlier one; nulls are last."""
+    """What makes a document better than another: a higher or lower value, or an earlier one. Nulls last."""
 
     column: str
     order: Literal["highest", "lowest"] | tuple[str, ...]

@@ -38,9 +38,11 @@ def funnel(dataset: Artifact, corpus: Artifact) -> list[FunnelLine]:
     counts = corpus.manifest.counts
     left = int(counts["documents"])
     lines = [FunnelLine("read", left, int(counts["bytes"]), left)]
-    for what in ("quarantined", "skipped"):
-        if counts[what]:
-            lines.append(FunnelLine(f"{what} while reading", int(counts[what]), 0, None))
+    lines += [
+        FunnelLine(f"{what} while reading", int(counts[what]), 0, None)
+        for what in ("quarantined", "skipped")
+        if counts[what]
+    ]
     ledger = pq.read_table(dataset.path / LEDGER, columns=["rule", "title", "n_bytes"])
     taken = ledger.group_by(["rule", "title"]).aggregate([("n_bytes", "count"), ("n_bytes", "sum")])
     for row in sorted(taken.to_pylist(), key=lambda row: (row["rule"], row["title"])):
