@@ -19,13 +19,18 @@ import pyarrow.compute as pc
 from gyrocompass.data.curate.words import Int64Array
 
 
-def roots(n_documents: int, left_P: Int64Array, right_P: Int64Array) -> Int64Array:
+def roots(root_D: Int64Array, left_P: Int64Array, right_P: Int64Array) -> Int64Array:
     """The smallest document that each is joined with, directly or through others: [D].
 
-    >>> roots(6, np.array([4, 1, 5]), np.array([2, 4, 3])).tolist()
+    Args:
+        root_D: the same before these pairs; `arange(D)` before any.
+        left_P: documents.
+        right_P: the other one of each pair.
+
+    >>> roots(np.arange(6), np.array([4, 1, 5]), np.array([2, 4, 3])).tolist()
     [0, 1, 1, 3, 1, 3]
     """
-    root_D = np.arange(n_documents)
+    root_D = root_D.copy()
     while True:
         left_P, right_P = root_D[left_P], root_D[right_P]
         apart = left_P != right_P

@@ -145,7 +145,7 @@ class Index:
         n_compared: int,
     ) -> NearDuplicates:
         """Survivors, partners, and how near they are."""
-        survivor_D = roots(len(ids), left_P, right_P)
+        survivor_D = roots(np.arange(len(ids)), left_P, right_P)
         partner_D = np.full(len(ids), -1)
         near_D, survivor_near_D = np.zeros(len(ids)), np.zeros(len(ids))
         document, other = np.concatenate([left_P, right_P]), np.concatenate([right_P, left_P])
