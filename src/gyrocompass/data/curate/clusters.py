@@ -44,7 +44,7 @@ def roots(root_D: Int64Array, left_P: Int64Array, right_P: Int64Array) -> Int64A
             above_D = root_D[root_D]
 
 
-def first_of_equal(key_D: np.ndarray, *more: np.ndarray) -> Int64Array:  # type: ignore[type-arg]
+def first_of_equal(key_D: np.ndarray, *more: np.ndarray) -> Int64Array:
     """The smallest document with the same keys as each: [D].
 
     >>> first_of_equal(np.array([7, 5, 7, 5]), np.array([1, 1, 1, 2])).tolist()

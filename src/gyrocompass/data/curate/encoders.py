@@ -41,7 +41,7 @@ _TABLE = "all-minilm-l6-v2"
 def unit_rows(vector_DE: Float32Array) -> Float32Array:
     """Rows of length 1; rows of zeros stay."""
     length_D = np.sqrt((vector_DE * vector_DE).sum(axis=1, keepdims=True))
-    return vector_DE / np.maximum(length_D, np.float32(1e-12))
+    return np.asarray(vector_DE / np.maximum(length_D, np.float32(1e-12)), np.float32)
 
 
 @cache

@@ -137,7 +137,7 @@ def normalised_hash(text: str) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _halves(digests: pa.Array) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _halves(digests: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """16-byte hashes as two numbers each."""
     whole = np.frombuffer(b"".join(digests.to_pylist()), np.uint64).reshape(-1, 2)
     return whole[:, 0], whole[:, 1]
