@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.words import Int64Array
 
 
@@ -67,10 +68,10 @@ def cluster_names(ids: pa.Array, root_D: Int64Array) -> pa.Array:
     >>> cluster_names(pa.array(["b", "c", "a"]), np.array([0, 1, 0])).to_pylist()
     ['a', None, 'a']
     """
-    by_id = pc.sort_indices(ids).to_numpy().astype(np.int64)
+    by_id = numbers(pc.sort_indices(ids)).astype(np.int64)
     place_D = np.empty(len(by_id), np.int64)
     place_D[by_id] = np.arange(len(by_id))
     smallest_D = place_D.copy()
     np.minimum.at(smallest_D, root_D, place_D)
     alone_D = np.bincount(root_D, minlength=len(root_D))[root_D] == 1
-    return ids.take(pa.array(by_id[smallest_D[root_D]], mask=alone_D))
+    return ids.take(column(by_id[smallest_D[root_D]], alone_D))

@@ -29,6 +29,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from gyrocompass.data.curate.clusters import cluster_names, roots
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.encoders import Float32Array, load_encoder, unit_rows
 from gyrocompass.data.curate.given import batches_of
 from gyrocompass.data.curate.spherical import centres, nearest
@@ -94,7 +95,7 @@ class SemanticDuplicateStep(GlobalStep):
         joined = _Joined(stacked(known)[order_D], self.threshold)
         for region in self._regions(joined.vector_DE):
             joined.compare(region)
-        return joined.annotations(standings["id"].take(pa.array(order_D)))
+        return joined.annotations(standings["id"].take(column(order_D)))
 
     def _regions(self, vector_DE: Float16Array) -> Iterator[Int64Array]:
         """Documents that are compared with each other, ascending."""
@@ -138,12 +139,12 @@ def vectors(documents: pa.RecordBatch, encoder: str) -> pa.Array:
         return pa.array([], pa.list_(pa.float16()))
     vector_DE = unit_rows(load_encoder(encoder)(text_array(documents["text"]).to_pylist())).astype(np.float16)
     begin_D1 = np.arange(len(vector_DE) + 1, dtype=np.int32) * np.int32(vector_DE.shape[1])
-    return pa.ListArray.from_arrays(pa.array(begin_D1), pa.array(vector_DE.reshape(-1)))
+    return pa.ListArray.from_arrays(column(begin_D1), column(vector_DE.reshape(-1)))
 
 
 def stacked(signatures: Sequence[pa.RecordBatch]) -> Float16Array:
     """The vectors of batches that hold some: [D, E]."""
-    parts = [batch["vector"].flatten().to_numpy().reshape(batch.num_rows, -1) for batch in signatures]
+    parts = [numbers(batch["vector"].flatten()).reshape(batch.num_rows, -1) for batch in signatures]
     return np.concatenate(parts)
 
 
@@ -184,11 +185,11 @@ class _Joined:
             [
                 ids,
                 cluster_names(ids, self._root_D),
-                pa.array(dropped_D),
-                ids.take(pa.array(partner_D, mask=~dropped_D)),
-                pa.array(cosine_D, mask=~dropped_D),
-                ids.take(pa.array(self._root_D, mask=~dropped_D)),
-                pa.array(survivor_cosine_D, mask=~dropped_D),
+                column(dropped_D),
+                ids.take(column(partner_D, ~dropped_D)),
+                column(cosine_D, ~dropped_D),
+                ids.take(column(self._root_D, ~dropped_D)),
+                column(survivor_cosine_D, ~dropped_D),
             ],
             ["id", "cluster", "duplicate", "partner", "similarity", "survivor", "survivor_similarity"],
         )

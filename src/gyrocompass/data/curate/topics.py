@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.encoders import Float32Array
 from gyrocompass.data.curate.semantic_duplicates import stacked, vectors
 from gyrocompass.data.curate.spherical import centres, nearest
@@ -67,7 +68,7 @@ class TopicStep(GlobalStep):
         ids = pa.concat_arrays([batch["id"] for batch in known])
         order = pc.sort_indices(ids)
         ids = ids.take(order)
-        vector_DE = stacked(known)[order.to_numpy()].astype(np.float32)
+        vector_DE = stacked(known)[numbers(order)].astype(np.float32)
         place_D, cosine_D = nearest(vector_DE, centres(vector_DE, self.topics, self.seed))
         count_K = np.bincount(place_D)
         number_K = np.empty(len(count_K), np.int64)
@@ -75,7 +76,7 @@ class TopicStep(GlobalStep):
         topic_D = number_K[place_D]
         names = _names(_typical(ids, topic_D, cosine_D), corpus)
         return pa.RecordBatch.from_arrays(
-            [ids, pa.array([names[topic] for topic in topic_D.tolist()], pa.string()), pa.array(cosine_D)],
+            [ids, pa.array([names[topic] for topic in topic_D.tolist()], pa.string()), column(cosine_D)],
             ["id", "topic", "typical"],
         )
 
@@ -85,7 +86,7 @@ def _typical(ids: pa.Array, topic_D: Int64Array, cosine_D: Float32Array) -> list
     order = np.lexsort((-cosine_D, topic_D))
     begins = np.searchsorted(topic_D[order], np.arange(int(topic_D.max()) + 2))
     return [
-        ids.take(pa.array(order[begin : min(end, begin + _NAMED_BY)])).to_pylist()
+        ids.take(column(order[begin : min(end, begin + _NAMED_BY)])).to_pylist()
         for begin, end in pairwise(begins.tolist())
     ]
 
