@@ -6,6 +6,7 @@
       - jsonl: {path: "chats/*.jsonl.gz", licence: CC-BY-4.0}
       - parquet: {path: export, fields: {text: content}}
       - datasets: {path: saved, split: train}
+      - dataset: {path: gyro-store/datasets/notes.json}
       - ingest: {path: "dumps/*.tar.gz", html: resiliparse}
       - debian: {packages: ["*-doc", fortunes*]}
 
@@ -32,8 +33,9 @@ from pydantic import Field, model_validator
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput
+from gyrocompass.data.curate.versions import find_dataset
 from gyrocompass.data.debian import DebianSource, fingerprint_debian, read_debian
-from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined, Record, Skipped
+from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined, Record, Skipped, read_documents
 from gyrocompass.data.filetypes import CODE_LANGUAGES, JSONL_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES
 from gyrocompass.data.ingest.config import IngestSource
 from gyrocompass.data.ingest.read import read_ingest
@@ -73,6 +75,13 @@ class DatasetsSource(RecordOptions):
     split: str | None = None
 
 
+class DatasetSource(Config):
+    """A data set that `gyro data build` made: its documents as they are, ids and all."""
+
+    path: str = Field(min_length=1)
+    """Its folder in a store, or `datasets/NAME.json` of a store: the last one of a name."""
+
+
 class Source(Config):
     """One source; exactly one of the keys."""
 
@@ -81,6 +90,7 @@ class Source(Config):
     jsonl: JsonlSource | None = None
     parquet: ParquetSource | None = None
     datasets: DatasetsSource | None = None
+    dataset: DatasetSource | None = None
     ingest: IngestSource | None = None
     debian: DebianSource | None = None
 
@@ -140,6 +150,8 @@ def fingerprint(source: Source) -> str:
         return fingerprint_stdlib()
     if source.debian is not None:
         return fingerprint_debian(source.debian)
+    if source.dataset is not None:
+        return find_dataset(Path(source.dataset.path)).manifest.content_hash
     digest = hashlib.sha256()
     for path in _paths(source):
         digest.update(f"{path.as_posix()}\0".encode(errors="surrogateescape"))
@@ -162,9 +174,16 @@ def _too_many(source: Source, quarantined: list[Quarantined], n_records: int, mo
 
 
 def _where(source: Source) -> str:
-    located = source.files or source.jsonl or source.parquet or source.datasets or source.ingest
-    if located:
-        return located.path
+    for located in (
+        source.files,
+        source.jsonl,
+        source.parquet,
+        source.datasets,
+        source.dataset,
+        source.ingest,
+    ):
+        if located:
+            return located.path
     return source.debian.root if source.debian else "the standard library"
 
 
@@ -175,6 +194,8 @@ def _read(source: Source) -> Iterator[Record]:
         yield from read_ingest(source.ingest)
     elif source.debian:
         yield from read_debian(source.debian)
+    elif source.dataset:
+        yield from read_documents(find_dataset(Path(source.dataset.path), verify=True).path)
     elif source.files:
         yield from _read_files(source.files)
     elif source.datasets:

@@ -65,15 +65,7 @@ class DatasetPart(NamedTuple):
     target: Path
 
 
-class DatasetPartDone(NamedTuple):
-    """What a part came to."""
-
-    shard: int
-    documents: int
-    bytes: int
-
-
-def write_part(part: DatasetPart) -> DatasetPartDone:
+def write_part(part: DatasetPart) -> None:
     """Write what stays of a shard; the folder appears whole."""
     coverings = [rule.selected for rule in part.rules if isinstance(rule.selected, Covering)]
     replacements = [_replacement(covering) for covering in coverings]
@@ -81,7 +73,7 @@ def write_part(part: DatasetPart) -> DatasetPartDone:
     corpus = Corpus(part.corpus, part.annotations, _ALL_ROWS)
     columns = list(dict.fromkeys([*CORPUS_SCHEMA.names, *(covering.column for covering in coverings)]))
     covered: list[dict[str, Any]] = []
-    place, n_bytes = 0, 0
+    place = 0
     with staging(part.target.parent) as folder:
         statistics: list[pa.Table] = []
         leaves: list[Leaf] = []
@@ -94,13 +86,11 @@ def write_part(part: DatasetPart) -> DatasetPartDone:
                 leaves += map(leaf, rows.select(LEAF_FIELDS).to_pylist())
                 table = pa.Table.from_batches([rows.select(_GROUPED)]).append_column("bytes", sizes)
                 statistics.append(table)
-                n_bytes += pc.sum(sizes).as_py() or 0
         pq.write_table(sums(pa.concat_tables(statistics)), folder / STATISTICS)
         pq.write_table(pa.Table.from_pylist(covered, COVERED_SCHEMA), folder / COVERED)
         pq.write_table(leaf_table(leaves), folder / LEAVES)
         sync(folder)
         land(folder, part.target, replace=False)
-    return DatasetPartDone(part.shard, len(leaves), n_bytes)
 
 
 def sums(rows: pa.Table) -> pa.Table:

@@ -13,7 +13,7 @@ own list; a build names more with `opt_out`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 from gyrocompass.core.config import config_hash
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.folder import write_whole
-from gyrocompass.data.document import Document
+from gyrocompass.data.document import Document, Record, Skipped
 
 STORE_LIST = "opt-out.txt"
 """The store's own list, in its folder."""
@@ -74,6 +74,15 @@ def read_opt_out(paths: Iterable[Path]) -> OptOut:
         BadInput: a list is missing, or a line of it is no entry.
     """
     return OptOut.of(entry for path in paths for entry in _entries(path))
+
+
+def without(records: Iterable[Record], opt_out: OptOut) -> Iterator[Record]:
+    """Records, documents that are opted out skipped."""
+    for record in records:
+        if isinstance(record, Document) and opt_out.covers(record):
+            yield Skipped(record.path, OPTED_OUT, record.source)
+        else:
+            yield record
 
 
 def add_to_list(path: Path, entries: Iterable[str], remark: str) -> None:

@@ -33,7 +33,7 @@ from gyrocompass.core.progress import Progress, Task
 from gyrocompass.core.store import Store
 from gyrocompass.data.curate.config import BuildConfig
 from gyrocompass.data.curate.corpus import Corpus, CorpusWriter
-from gyrocompass.data.curate.optout import OPTED_OUT, STORE_LIST, OptOut, read_opt_out
+from gyrocompass.data.curate.optout import STORE_LIST, OptOut, read_opt_out, without
 from gyrocompass.data.document import (
     QUARANTINE_SCHEMA,
     QUARANTINED,
@@ -170,9 +170,10 @@ def _read_source(
     skipped: Counter[str] = Counter()
     with staging(target.parent) as folder:
         writer = CorpusWriter(folder, shard_bytes=config.shard_bytes)
-        for record in read_sources([source], max_quarantined_share=config.max_quarantined_share):
+        records = read_sources([source], max_quarantined_share=config.max_quarantined_share)
+        for record in without(records, opt_out):
             if isinstance(record, Document):
-                record = Skipped(record.path, OPTED_OUT) if opt_out.covers(record) else once.admit(record)
+                record = once.admit(record)
             if isinstance(record, Document):
                 writer.write(record)
                 task.advance(1)

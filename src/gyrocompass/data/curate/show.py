@@ -137,7 +137,7 @@ def _shown(value: Any) -> str:
 def print_difference(found: Difference, console: Console, rows: int) -> None:
     """What differs, with at most so many documents of each kind."""
     if found.same:
-        console.print(f"the same documents: both have the root {found.root_before}", highlight=False)
+        console.print(f"the same documents, root {found.root_before}", highlight=False, soft_wrap=True)
         return
     table = Table(title=f"root {found.root_before[:16]} -> {found.root_after[:16]}")
     table.add_column("slice", overflow="fold")

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gyrocompass.core.artifact import MANIFEST, Artifact, read_artifact
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.core.folder import write_whole
-from gyrocompass.core.store import Store
+
+if TYPE_CHECKING:
+    from gyrocompass.core.store import Store
 
 DATASET_KIND = "dataset"
 """The kind of artifact."""
@@ -38,6 +40,28 @@ def remember(store: Store, dataset: Artifact) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pointer = {"name": facts["name"], "dataset": dataset.id, "root": facts["root"]}
     write_whole(folder / f"{facts['name']}.json", json.dumps(pointer, indent=2) + "\n")
+
+
+def find_dataset(path: Path, *, verify: bool = False) -> Artifact:
+    """A data set by its folder, or by the word that the last build of a name left in its store.
+
+    Raises:
+        BadInput: there is none there.
+        DamagedArtifact: it is not as it was written.
+    """
+    if path.suffix == ".json" and path.is_file():
+        try:
+            name = str(json.loads(path.read_text("utf-8"))["dataset"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput("the file names no data set", where=path, fix="build it again") from error
+        path = path.parent.parent / "artifacts" / name
+    if not path.is_dir():
+        raise BadInput(
+            "there is no data set here",
+            where=path,
+            fix="give the folder of one, or STORE/datasets/NAME.json; `gyro data build` makes them",
+        )
+    return read_artifact(path, kind=DATASET_KIND, verify=verify)
 
 
 def open_dataset(store: Store, name: str | None = None, *, verify: bool = False) -> Artifact:
