@@ -22,7 +22,15 @@ from gyrocompass.data.curate.why import why as reasons_of
 
 def data(options: argparse.Namespace) -> int:
     """One of the actions."""
-    actions: Mapping[str, Callable[[argparse.Namespace], int]] = {"build": _build, "why": _why, "diff": _diff}
+    from gyrocompass.cli.data_inspect import export, inspect  # what they need takes longer to import
+
+    actions: Mapping[str, Callable[[argparse.Namespace], int]] = {
+        "build": _build,
+        "inspect": inspect,
+        "why": _why,
+        "diff": _diff,
+        "export": export,
+    }
     return actions[options.action](options)
 
 

@@ -187,6 +187,18 @@ def _add_data(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     build.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _worker_options(build)
     _store_options(build)
+    inspect = _add(actions, "inspect", "show what is in a data set and what is not, and write an HTML report")
+    inspect.add_argument(
+        "dataset", nargs="?", help="an artifact id, a folder, or a build's name (default: the last one built)"
+    )
+    inspect.add_argument(
+        "--samples", type=_at_least(0), default=8, help="documents shown in part (default: 8)"
+    )
+    inspect.add_argument(
+        "--reveal", action="store_true", help="show what is personal or secret in samples too"
+    )
+    inspect.add_argument("--out", type=_path, help="where the report goes (default: reports/ in the store)")
+    _store_options(inspect)
     why = _add(actions, "why", "say why a document is in a data set, or is not")
     why.add_argument("document", help="its id (a unique beginning will do) or its path (or the end of it)")
     why.add_argument(
@@ -202,6 +214,19 @@ def _add_data(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     )
     diff.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _store_options(diff)
+    export = _add(actions, "export", "write a data set's card, Croissant metadata, or training summary")
+    export.add_argument(
+        "dataset", nargs="?", help="an artifact id, a folder, or a build's name (default: the last one built)"
+    )
+    export.add_argument(
+        "--format",
+        choices=("card", "croissant", "eu-summary"),
+        default="card",
+        help="Markdown, JSON-LD, or the summary of training content that the EU asks for (default: card)",
+    )
+    export.add_argument("--url", help="where the data set is to be found, for Croissant")
+    export.add_argument("--out", type=_path, help="a file (default: standard output)")
+    _store_options(export)
 
 
 def _add_forget(verbs: _Verbs[argparse.ArgumentParser]) -> None:
