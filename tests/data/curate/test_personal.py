@@ -63,7 +63,9 @@ def test_what_only_looks_alike_is_not_counted(text: str) -> None:
         ("gb", "AB123456C"), ("us", "219-09-9999"),
     ],
 )  # fmt: skip
-def test_published_examples_of_national_ids_are_valid_and_a_changed_digit_is_not(country: str, published: str) -> None:
+def test_published_examples_of_national_ids_are_valid_and_a_changed_digit_is_not(
+    country: str, published: str
+) -> None:
     identity = next(known for known in NATIONAL_IDS if known.country == country)
     assert identity.pattern.fullmatch(published)
     if country == "ca":  # the published example begins with the 0 of fictitious numbers
@@ -89,7 +91,9 @@ def test_planted_data_is_found_and_decoys_are_not() -> None:
 def test_a_finder_that_finds_nothing_or_everything_measures_badly() -> None:
     planted = list(canaries.plant(canaries_personal.DRAWS, canaries_personal.DECOYS, seed=1, n=5))
     assert canaries.measure(lambda text: [], planted)["all", "all"].recall == 0
-    everything = canaries.measure(lambda text: [Span(i, i + 9, "email", 1) for i in range(len(text) - 9)], planted)
+    everything = canaries.measure(
+        lambda text: [Span(i, i + 9, "email", 1) for i in range(len(text) - 9)], planted
+    )
     assert everything["all", "email"].precision < 0.1
 
 
@@ -107,14 +111,21 @@ def test_documents_do_not_see_each_other(texts: list[str]) -> None:
 def test_counts_are_by_kind_and_above_the_least_score() -> None:
     documents = batch(["anna@posteo.de, bert@posteo.de, 10.0.0.1", "nothing"])
     rows = PersonalData().annotate(documents)
-    assert (rows["count"].to_pylist(), rows["n_email"].to_pylist(), rows["n_ip"].to_pylist()) == ([2, 0], [2, 0], [0, 0])
+    assert (rows["count"].to_pylist(), rows["n_email"].to_pylist(), rows["n_ip"].to_pylist()) == (
+        [2, 0],
+        [2, 0],
+        [0, 0],
+    )
     rows = PersonalData(minimum_score=0.1, kinds=("ip",)).annotate(documents)
     assert rows.schema.names == ["id", "spans", "count", "n_ip"] and rows["n_ip"].to_pylist() == [1, 0]
 
 
 def test_names_come_from_a_recogniser_that_is_plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def capitals(texts: list[str]) -> list[list[Span]]:
-        return [[Span(text.index("Anna"), text.index("Anna") + 4, "name", 0.7)] if "Anna" in text else [] for text in texts]
+        return [
+            [Span(text.index("Anna"), text.index("Anna") + 4, "name", 0.7)] if "Anna" in text else []
+            for text in texts
+        ]
 
     monkeypatch.setitem(personal.RECOGNISERS, "capitals", lambda: capitals)
     rows = PersonalData(names="capitals").annotate(batch(["mail Anna at anna@posteo.de", "x"]))
@@ -130,8 +141,12 @@ def test_a_recogniser_that_is_not_installed_says_how_to_get_it(monkeypatch: pyte
         PersonalData(names="spacy:en_core_web_none").annotate(batch(["x"]))
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from([0.2, 0.7, 0.95])), max_size=12))
-def test_overlaps_are_resolved_for_the_surer_and_nothing_else_is_lost(drawn: list[tuple[int, int, float]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from([0.2, 0.7, 0.95])), max_size=12)
+)
+def test_overlaps_are_resolved_for_the_surer_and_nothing_else_is_lost(
+    drawn: list[tuple[int, int, float]],
+) -> None:
     spans = [Span(start, start + length, "x", score) for start, length, score in drawn]
     kept = disjoint(spans)
     assert all(a.end <= b.start for a, b in zip(kept, kept[1:], strict=False))

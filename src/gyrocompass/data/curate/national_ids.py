@@ -47,7 +47,9 @@ def _has_date(month: str, day: str) -> bool:
 
 
 def _us(number: str) -> bool:
-    return number[:3] not in {"000", "666"} and number[0] != "9" and number[3:5] != "00" and number[5:] != "0000"
+    return (
+        number[:3] not in {"000", "666"} and number[0] != "9" and number[3:5] != "00" and number[5:] != "0000"
+    )
 
 
 def _gb(number: str) -> bool:
@@ -108,7 +110,9 @@ def _ch(number: str) -> bool:
 
 
 def _fi(number: str) -> bool:
-    return _has_date(number[2:4], number[:2]) and _MODULO_31[int(number[:6] + number[-4:-1]) % 31] == number[-1]
+    return (
+        _has_date(number[2:4], number[:2]) and _MODULO_31[int(number[:6] + number[-4:-1]) % 31] == number[-1]
+    )
 
 
 def _cn(number: str) -> bool:
@@ -141,7 +145,9 @@ def _au(number: str) -> bool:
     return weighted(number, (1, 4, 3, 7, 5, 8, 6, 9, 10)) % 11 == 0
 
 
-def _id(country: str, pattern: str, valid: Callable[[str], bool], context: str, bare: bool = False) -> NationalId:
+def _id(
+    country: str, pattern: str, valid: Callable[[str], bool], context: str, bare: bool = False
+) -> NationalId:
     whole = re.compile(rf"(?<![\w.-]){pattern}(?!\w|[-.]\w)")
     return NationalId(country, whole, valid, re.compile(rf"(?i)(?:{context})[^\n]{{0,24}}\Z"), bare)
 

@@ -43,7 +43,9 @@ _IBAN = re.compile(r"[A-Z]{2}\d\d(?:[ \xa0-]?[A-Z0-9]){11,30}")
 _CARD = re.compile(
     r"(?<![\w.,+-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,7}|3\d{3}([ -]?)\d{6}\2\d{4,5})(?!\w|[.,-]\d| \d)"
 )
-_CARD_CONTEXT = re.compile(r"(?i)(?:card|visa|mastercard|amex|\bpan\b|kreditkarte|carte|tarjeta)[^\n]{0,24}\Z")
+_CARD_CONTEXT = re.compile(
+    r"(?i)(?:card|visa|mastercard|amex|\bpan\b|kreditkarte|carte|tarjeta)[^\n]{0,24}\Z"
+)
 
 _PHONE_WORLD = re.compile(r"(?<![\w+.])\+\d[\d \xa0\-.()/]{5,22}\d(?![\w])")
 _PHONE_AMERICA = re.compile(
@@ -59,8 +61,12 @@ _PHONE_CONTEXT = re.compile(
     r"\bmóvil|\bcell|\bcall\b|\bhandy|whatsapp|sms|\bteléfono|тел|電話|电话|☎|📞)[^\n\d]{0,24}\Z"
 )
 
-_VERSION_CONTEXT = re.compile(r"(?i)(?:\bv|version|release|\brev|firmware|build|==|>=|<=|~=|§|sections?|chapter)\W{0,3}\Z")
-_HOST_CONTEXT = re.compile(r"(?i)(?:\bip|addr|host|server|from|client|remote|inet|ping|ssh|gateway|//|@)[^\n]{0,16}\Z")
+_VERSION_CONTEXT = re.compile(
+    r"(?i)(?:\bv|version|release|\brev|firmware|build|==|>=|<=|~=|§|sections?|chapter)\W{0,3}\Z"
+)
+_HOST_CONTEXT = re.compile(
+    r"(?i)(?:\bip|addr|host|server|from|client|remote|inet|ping|ssh|gateway|//|@)[^\n]{0,16}\Z"
+)
 
 
 def ibans(joined: Joined, groups: DigitGroups) -> Iterator[Span]:
@@ -143,7 +149,9 @@ def phones(joined: Joined, groups: DigitGroups) -> Iterator[Span]:
                 if not is_decimal and _is_international(re.sub(r"\D", "", match[0].replace("(0)", ""))):
                     yield Span(match.start(), match.end(), "phone", SURE)
             continue
-        is_named = groups.n_digits_G[number] <= 20 and _before(_PHONE_CONTEXT, text, start - (before[-1:] == "("))
+        is_named = groups.n_digits_G[number] <= 20 and _before(
+            _PHONE_CONTEXT, text, start - (before[-1:] == "(")
+        )
         if is_named:
             for match in _PHONE_ANY.finditer(text, low, end + 1):
                 if 7 <= sum(map(str.isdigit, match[0])) <= 15:

@@ -61,15 +61,28 @@ _FRENCH = re.compile(
 _TOWN = r"(,?\s+(?:[A-Z]{1,2}-)?\d{4,5}(?: [A-Z]{2})? [A-ZÀ-Ý][\w'’-]+)?"
 _GERMANIC = re.compile(
     r"(?<!\w)[A-ZÄÖÜ](?:[\wäöüß-]{0,30}(?:stra(?:ß|ss)e|str\.|weg|platz|allee|gasse|ufer|damm|ring|straat|laan|plein|gracht"
-    r"|kade)|[\wäöüß-]{1,20}[ -](?:Stra(?:ß|ss)e|Str\.|Weg|Platz|Allee|Ring|Ufer)),? \d{1,4} ?[a-z]?\b" + _TOWN
+    r"|kade)|[\wäöüß-]{1,20}[ -](?:Stra(?:ß|ss)e|Str\.|Weg|Platz|Allee|Ring|Ufer)),? \d{1,4} ?[a-z]?\b"
+    + _TOWN
 )
 _GERMANIC_END = re.compile(
     r"(?:(?:[Ss]tra(?:ß|ss)|gass|kad)e|[Ss]tr\.|[Ww]eg|[Pp]latz|[Aa]llee|[Uu]fer|damm|[Rr]ing|straat|laan|plein|gracht),? \Z"
 )
 _IS_ALSO_A_WORD = re.compile(r"(?:ring|weg|platz|ufer|damm|plein),? \d")
-_ROMANCE_WORDS = ("Calle ", "Avenida ", "Avda. ", "Plaza ", "Paseo ", "Via ", "Viale ", "Piazza ", "Corso ", "Rua ")
+_ROMANCE_WORDS = (
+    "Calle ",
+    "Avenida ",
+    "Avda. ",
+    "Plaza ",
+    "Paseo ",
+    "Via ",
+    "Viale ",
+    "Piazza ",
+    "Corso ",
+    "Rua ",
+)
 _ROMANCE = re.compile(
-    r"\w+\.?(?: (?:de|del|la|las|los|el|do|da|di|dei|della))*(?: [A-ZÀ-Ý][\w'’-]+){1,3},? \d{1,4} ?[a-z]?\b" + _TOWN
+    r"\w+\.?(?: (?:de|del|la|las|los|el|do|da|di|dei|della))*(?: [A-ZÀ-Ý][\w'’-]+){1,3},? \d{1,4} ?[a-z]?\b"
+    + _TOWN
 )
 
 
@@ -107,7 +120,11 @@ def _email_score(text: str, start: int, at: int, end: int) -> float:
     local, domain = text[start:at].lower(), text[at + 1 : end].lower()
     last = domain.rsplit(".", 1)[1]
     is_known = last in _TOP_LEVEL or (last in _COUNTRIES and len(domain) > 4) or not last.isascii()
-    is_login = text[end : end + 1] == ":" and text[end + 1 : end + 2].strip() != "" or text[start - 2 : start] == "//"
+    is_login = (
+        text[end : end + 1] == ":"
+        and text[end + 1 : end + 2].strip() != ""
+        or text[start - 2 : start] == "//"
+    )
     if not is_known or is_login or local in _SERVICES or _RESERVED.search(domain):
         return UNLIKELY
     before = text[max(start - 48, 0) : start]
@@ -131,7 +148,9 @@ def _number_first(joined: Joined, start_R: Int64Array, end_R: Int64Array) -> Ite
     for pattern, is_candidate in ((_ENGLISH, is_english), (_FRENCH, is_french)):
         for start in start_R[is_candidate].tolist():
             match = pattern.match(text, start)
-            if match and not (text[max(start - 1, 0) : start].isalnum() or text[start - 1 : start] in {*"-_./"}):
+            if match and not (
+                text[max(start - 1, 0) : start].isalnum() or text[start - 1 : start] in {*"-_./"}
+            ):
                 yield Span(start, match.end(), "address", SURE if match[1] else LIKELY)
 
 
