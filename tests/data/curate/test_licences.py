@@ -12,7 +12,7 @@ from gyrocompass.core.errors import BadInput, ConfigError, MissingDependency
 from gyrocompass.data.curate import licence_evidence
 from gyrocompass.data.curate.licence_policy import Attributed, LicencePolicy, attribution_text, read_policy
 from gyrocompass.data.curate.licences import Licences
-from gyrocompass.data.curate.opt_out import OptOut, read_opt_out
+from gyrocompass.data.curate.objections import Objections, read_objections
 from gyrocompass.data.curate.step import MemoryCorpus
 
 MIT = """MIT License
@@ -189,30 +189,26 @@ def test_a_classifier_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPa
         Licences(classify=True).signatures(batch([MIT], path=["LICENSE"]))
 
 
-def test_opt_outs_by_path_domain_author_and_content(tmp_path: Path) -> None:
+def test_objections_by_domain_and_author(tmp_path: Path) -> None:
     documents = batch(
-        ["x", "x", "# Copyright 2020 Anna B.\n", "__author__ = 'Carl <carl@posteo.de>'\n", "mentions Anna B. only", "x"],
-        path=["private/a/b.txt", "https://www.example.org/page", "c.py", "d.py", "e.md", "f.txt"],
-        content_hash=["a" * 64, "b" * 64, "c" * 64, "d" * 64, "e" * 64, "f" * 64],
+        ["x", "x", "# Copyright 2020 Anna B.\n", "__author__ = 'Carl <carl@posteo.de>'\n", "mentions Anna B. only"],
+        path=["https://www.example.org/page", "https://counterexample.org/", "c.py", "d.py", "e.md"],
     )
     lists = tmp_path / "list"
-    lists.write_text(
-        f"# wishes\npath: private/**\ndomain: example.org\nauthor: anna b.\n\nauthor: carl@posteo.de\nsha256: {'f' * 64}\n"
-    )
-    rows = read_opt_out([lists]).annotate(documents)
-    assert rows["listed"].to_pylist() == [True, True, True, True, False, True]
-    assert rows["entry"].to_pylist()[:2] == ["path: private/**", "domain: example.org"]
-    assert OptOut(entries=()).annotate(documents.slice(0, 0)).schema == rows.schema
+    lists.write_text("# wishes\ndomain: example.org\nauthor: anna b.\n\nauthor: carl@posteo.de  # by letter\n")
+    rows = read_objections([lists]).annotate(documents)
+    assert rows["listed"].to_pylist() == [True, False, True, True, False]
+    assert rows["entry"].to_pylist()[:2] == ["domain: example.org", None]
+    assert Objections(entries=()).annotate(documents.slice(0, 0)).schema == rows.schema
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
-    [("paht: x", "did you mean path"), ("path:", "names a path"), ("sha256: abc", "64 hexadecimal"), ("hello", "begins with")],
+    ("line", "reason"), [("athor: x", "did you mean author"), ("author:", "says which author"), ("hello", "begins with")]
 )
 def test_a_wish_that_cannot_be_read_is_an_error(tmp_path: Path, line: str, reason: str) -> None:
-    (tmp_path / "list").write_text(f"path: a\n{line}\n")
+    (tmp_path / "list").write_text(f"domain: a.org\n{line}\n")
     with pytest.raises(BadInput, match=reason) as error:
-        read_opt_out([tmp_path / "list"])
+        read_objections([tmp_path / "list"])
     assert error.value.where == f"{tmp_path / 'list'}:2"
     with pytest.raises(BadInput, match="cannot be read"):
-        read_opt_out([tmp_path / "none"])
+        read_objections([tmp_path / "none"])

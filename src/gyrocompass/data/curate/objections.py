@@ -1,17 +1,15 @@
-"""Opt-out lists: whoever asked not to be learned from, by path, domain, author or content.
+"""Objections: whoever asked not to be learned from, by the domain they publish at or by their name.
 
-    # comment
-    path: private/**            a pattern over a document's path (`source/path` too)
+    # a remark
     domain: example.org         of an address in the path or the source, subdomains included
     author: Anna B.             a holder of copyright or an author that the text names; also an e-mail address
-    sha256: 6f2c...             the content hash of a document
 
-One entry a line. A line that says something else is an error: a wish that is misread is not kept.
+One entry a line. A line that says something else is an error: a wish that is misread is not kept. Documents,
+paths, sources and contents are left out before they are read (`optout`); this is what takes a look at the text.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,21 +22,21 @@ from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.data.curate.licence_evidence import copyrights
 from gyrocompass.data.curate.step import RecordStep, register
 
-KINDS = ("path", "domain", "author", "sha256")
+KINDS = ("domain", "author")
 
 _AUTHOR = re.compile(r"(?mi)(?:^|[\s#*/@_\"'])authors?(?:__)?[\"']?\s*[:=]\s*(.{2,120})$")
 _DOMAIN = re.compile(r"(?i)(?:^|//|@|\s)((?:[\w-]+\.)+[a-z]{2,24})(?=[:/\s]|$)")
 
 
 @register
-class OptOut(RecordStep):
+class Objections(RecordStep):
     """Marks documents that somebody asked not to be used.
 
     Args:
         entries: as a list file has them, `KIND: VALUE` each.
     """
 
-    name: ClassVar[str] = "opt_out"
+    name: ClassVar[str] = "objections"
 
     entries: tuple[str, ...]
 
@@ -53,7 +51,7 @@ class OptOut(RecordStep):
         """`listed`, and the first `entry` that lists it (null: none)."""
         entries = [_split(entry) for entry in self.entries]
         wanted = {kind: {v.casefold(): e for k, v, e in entries if k == kind} for kind in KINDS}
-        columns = ("text", "path", "source", "content_hash")
+        columns = ("text", "path", "source")
         rows = zip(*(documents.column(name).to_pylist() for name in columns), strict=True)
         found = [_listed(wanted, *row) for row in rows]
         return pa.RecordBatch.from_pydict(
@@ -65,15 +63,7 @@ class OptOut(RecordStep):
         )
 
 
-def _listed(
-    wanted: Mapping[str, Mapping[str, str]], text: str, path: str, source: str, content_hash: str
-) -> str | None:
-    places = (path.casefold(), f"{source}/{path}".casefold())
-    for pattern, entry in wanted["path"].items():
-        if any(fnmatch.fnmatchcase(place, pattern) for place in places):
-            return entry
-    if content_hash in wanted["sha256"]:
-        return wanted["sha256"][content_hash]
+def _listed(wanted: Mapping[str, Mapping[str, str]], text: str, path: str, source: str) -> str | None:
     if wanted["domain"]:
         for match in _DOMAIN.finditer(f"{source} {path}"):
             labels = match[1].casefold().split(".")
@@ -99,13 +89,11 @@ def _split(entry: str) -> tuple[str, str, str]:
     if not colon or kind not in KINDS:
         raise ValueError(f"an entry begins with a kind, not with {kind!r}{did_you_mean(kind, KINDS)}")
     if not value:
-        raise ValueError(f"an entry names a {kind}: {entry!r}")
-    if kind == "sha256" and not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError(f"a sha256 has 64 hexadecimal digits in small letters: {value!r}")
+        raise ValueError(f"an entry says which {kind}: {entry!r}")
     return kind, value, entry
 
 
-def read_opt_out(paths: Iterable[Path]) -> OptOut:
+def read_objections(paths: Iterable[Path]) -> Objections:
     """The entries of list files.
 
     Raises:
@@ -121,11 +109,11 @@ def read_opt_out(paths: Iterable[Path]) -> OptOut:
                 except ValueError as error:
                     raise BadInput(str(error), where=f"{path}:{number}") from None
                 entries.append(entry)
-    return OptOut(entries=tuple(entries))
+    return Objections(entries=tuple(entries))
 
 
 def _lines(path: Path) -> list[Any]:
     try:
         return path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"the opt-out list cannot be read: {error}", where=path) from None
+        raise BadInput(f"the list of objections cannot be read: {error}", where=path) from None
