@@ -13,6 +13,7 @@ among the labels, which objectives read.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections import Counter
@@ -74,6 +75,8 @@ class Document:
         weight: multiplies the weight of each of its tokens; above 0.
         labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
         steps: the steps of its answer, which together are all of it.
+        time: when it was written, as the source itself says it, in UTC; a file system's times say nothing.
+        file_hash: sha256 (64 hex digits) of the file it was read from, where that is known.
         unit: documents that follow each other under one name are read together; a preference is a unit of
             its own.
         group: documents of one group stay on one side of a split; None means that of its unit, or of its own
@@ -101,6 +104,8 @@ class Document:
     unit: str | None = None
     labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     steps: tuple[Step, ...] = ()
+    time: datetime.datetime | None = None
+    file_hash: str | None = None
 
     @cached_property
     def content_hash(self) -> str:
@@ -228,6 +233,8 @@ DOCUMENT_SCHEMA = pa.schema(
         ("labels", pa.map_(pa.string(), pa.float64())),
         ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
         ("content_hash", pa.string()),
+        ("time", pa.timestamp("us", tz="UTC")),
+        ("file_hash", pa.string()),
     ]
 )
 
@@ -274,7 +281,7 @@ def write_records(folder: Path, records: Iterable[Record]) -> Tally:
         for record in records:
             tally.add(record)
             if isinstance(record, Document):
-                rows[DOCUMENTS].append(_document_row(record))
+                rows[DOCUMENTS].append(document_row(record))
                 buffered_bytes += record.n_bytes
             elif isinstance(record, Quarantined):
                 rows[QUARANTINED].append(record._asdict())
@@ -298,12 +305,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
         BadInput: the folder holds no documents.
     """
     for row in _rows(folder, DOCUMENTS):
-        row["messages"] = tuple(Message(**message) for message in row["messages"])
-        row["origin_ids"] = tuple(row["origin_ids"])
-        row["labels"] = MappingProxyType(dict(row["labels"]))
-        row["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
-        del row["id"], row["content_hash"]
-        yield Document(**row)
+        yield document_of(row)
 
 
 def read_quarantined(folder: Path) -> Iterator[Quarantined]:
@@ -329,8 +331,19 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _document_row(document: Document) -> dict[str, Any]:
+def document_row(document: Document) -> dict[str, Any]:
+    """A document as a row of `DOCUMENT_SCHEMA`."""
     row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
     messages = [message._asdict() for message in document.messages]
     steps = [step._asdict() for step in document.steps]
     return row | {"messages": messages, "labels": list(document.labels.items()), "steps": steps}
+
+
+def document_of(row: Mapping[str, Any]) -> Document:
+    """The document of a row; columns that older files lack have their defaults."""
+    fields = {name: value for name, value in row.items() if name not in ("id", "content_hash")}
+    fields["messages"] = tuple(Message(**message) for message in row["messages"])
+    fields["origin_ids"] = tuple(row["origin_ids"])
+    fields["labels"] = MappingProxyType(dict(row["labels"]))
+    fields["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
+    return Document(**fields)

@@ -29,7 +29,8 @@ def batch(texts: Sequence[str], **columns: Sequence[Any]) -> pa.RecordBatch:
 def check_step(step: RecordStep, documents: pa.RecordBatch) -> pa.RecordBatch:
     """Annotate, and check that a document's row depends on that document alone.
 
-    Together, one by one and in reverse the rows are the same, and no documents give no rows of the same types.
+    Together, one by one and in reverse the rows are the same, and no documents give no rows of the same
+    types.
     """
     rows = step.annotate(documents)
     assert rows.schema.names[0] == "id" and rows["id"].to_pylist() == documents["id"].to_pylist()

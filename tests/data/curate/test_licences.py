@@ -77,7 +77,9 @@ def test_licence_texts_of_this_machine_are_told_apart() -> None:
     for name, licence in present.items():
         text = (folder / name).read_text("utf-8", "replace")
         for classify in (False, True):
-            found, score, _ = licence_evidence.conclude(licence_evidence.find(text, f"LICENSES/{name}.txt", classify))
+            found, score, _ = licence_evidence.conclude(
+                licence_evidence.find(text, f"LICENSES/{name}.txt", classify)
+            )
             if classify:  # it also reads the notice that a licence text proposes
                 assert found is not None and licence in found.split(" AND ") and score == 0.98, name
             else:
@@ -104,7 +106,15 @@ def annotations(step: Licences, documents: pa.RecordBatch, size: int = 100) -> d
 
 
 PACKAGE = {
-    "texts": [MIT, "x = 1", "y = 2", "# SPDX-License-Identifier: GPL-3.0-only\nz = 3", "x = 1", "w = 4", "v = 5"],
+    "texts": [
+        MIT,
+        "x = 1",
+        "y = 2",
+        "# SPDX-License-Identifier: GPL-3.0-only\nz = 3",
+        "x = 1",
+        "w = 4",
+        "v = 5",
+    ],
     "path": ["a/LICENSE", "a/x.py", "a/sub/y.py", "a/z.py", "b/x.py", "b/w.py", "a2/v.py"],
     "content_hash": ["l", "x", "y", "z", "x", "w", "v"],
     "licence": [None, None, None, None, "Apache-2.0", None, None],
@@ -127,7 +137,9 @@ def test_a_package_speaks_for_its_files_and_copies_are_under_the_strictest() -> 
 
 
 def test_near_duplicates_are_those_an_earlier_step_found() -> None:
-    documents = batch(**PACKAGE).append_column("fuzzy.cluster", pa.array([None, None, "c", "c", None, None, None], pa.string()))
+    documents = batch(**PACKAGE).append_column(
+        "fuzzy.cluster", pa.array([None, None, "c", "c", None, None, None], pa.string())
+    )
     rows = [*annotations(Licences(clusters=("fuzzy.cluster",)), documents).values()]
     assert rows[2]["expression"] == rows[3]["expression"] == "GPL-3.0-only AND MIT"
     assert rows[2]["strictness"] == "strong_copyleft" and rows[2]["verdict"] == "refused"
@@ -139,7 +151,9 @@ def test_neither_order_nor_batches_matter(size: int, chance: random.Random) -> N
     documents = batch(**PACKAGE)
     order = list(range(documents.num_rows))
     chance.shuffle(order)
-    assert annotations(Licences(), documents.take(pa.array(order)), size) == annotations(Licences(), documents)
+    assert annotations(Licences(), documents.take(pa.array(order)), size) == annotations(
+        Licences(), documents
+    )
 
 
 def test_no_documents_have_no_licences() -> None:
@@ -157,7 +171,9 @@ def test_no_documents_have_no_licences() -> None:
 )  # fmt: skip
 def test_the_entry_that_says_most_decides(expression: str | None, verdict: str) -> None:
     policy = LicencePolicy(
-        allowed=("public_domain", "CC-BY-SA-3.0"), attribution=("permissive", "CC-BY-SA-*"), unlicensed="refused"
+        allowed=("public_domain", "CC-BY-SA-3.0"),
+        attribution=("permissive", "CC-BY-SA-*"),
+        unlicensed="refused",
     )
     assert policy.verdict(expression) == verdict
 
@@ -191,11 +207,19 @@ def test_a_classifier_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPa
 
 def test_objections_by_domain_and_author(tmp_path: Path) -> None:
     documents = batch(
-        ["x", "x", "# Copyright 2020 Anna B.\n", "__author__ = 'Carl <carl@posteo.de>'\n", "mentions Anna B. only"],
+        [
+            "x",
+            "x",
+            "# Copyright 2020 Anna B.\n",
+            "__author__ = 'Carl <carl@posteo.de>'\n",
+            "mentions Anna B. only",
+        ],
         path=["https://www.example.org/page", "https://counterexample.org/", "c.py", "d.py", "e.md"],
     )
     lists = tmp_path / "list"
-    lists.write_text("# wishes\ndomain: example.org\nauthor: anna b.\n\nauthor: carl@posteo.de  # by letter\n")
+    lists.write_text(
+        "# wishes\ndomain: example.org\nauthor: anna b.\n\nauthor: carl@posteo.de  # by letter\n"
+    )
     rows = read_objections([lists]).annotate(documents)
     assert rows["listed"].to_pylist() == [True, False, True, True, False]
     assert rows["entry"].to_pylist()[:2] == ["domain: example.org", None]
@@ -203,7 +227,8 @@ def test_objections_by_domain_and_author(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"), [("athor: x", "did you mean author"), ("author:", "says which author"), ("hello", "begins with")]
+    ("line", "reason"),
+    [("athor: x", "did you mean author"), ("author:", "says which author"), ("hello", "begins with")],
 )
 def test_a_wish_that_cannot_be_read_is_an_error(tmp_path: Path, line: str, reason: str) -> None:
     (tmp_path / "list").write_text(f"domain: a.org\n{line}\n")

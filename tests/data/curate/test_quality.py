@@ -60,7 +60,8 @@ def plain_repetition(text: str) -> dict[str, float]:
     n_characters = max(sum(map(len, words)), 1)
     figures = {
         "duplicate_lines": sum(again) / max(len(lines), 1),
-        "duplicate_line_characters": sum(len(x) for x, y in zip(lines, again, strict=True) if y) / max(sum(map(len, lines)), 1),
+        "duplicate_line_characters": sum(len(x) for x, y in zip(lines, again, strict=True) if y)
+        / max(sum(map(len, lines)), 1),
     }
     for n in (2, 3, 4):
         runs = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
@@ -104,7 +105,8 @@ def quality(texts: list[str], **columns: Any) -> list[dict[str, Any]]:
 
 def test_each_slice_has_rules_of_its_own() -> None:
     prose, code, as_prose, chat = quality(
-        [PROSE_TEXT, CODE_TEXT, CODE_TEXT, "Sure, thanks!"], slice=["prose/a", "code/library", "prose", "chat/x"]
+        [PROSE_TEXT, CODE_TEXT, CODE_TEXT, "Sure, thanks!"],
+        slice=["prose/a", "code/library", "prose", "chat/x"],
     )
     assert prose["passes"] and code["passes"] and chat["passes"]
     assert not as_prose["passes"] and {"stop_words", "terminal_lines"} <= set(as_prose["broken"])

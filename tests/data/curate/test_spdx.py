@@ -8,7 +8,9 @@ from gyrocompass.data.curate.spdx import NotAnExpression, Strictness, join, pars
 NAMES = st.sampled_from([*sorted(spdx.STRICTNESS), "LicenseRef-Mine"])
 EXPRESSIONS = st.recursive(
     NAMES,
-    lambda inner: st.tuples(inner, st.sampled_from(["AND", "OR"]), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
+    lambda inner: st.tuples(inner, st.sampled_from(["AND", "OR"]), inner).map(
+        lambda t: f"({t[0]} {t[1]} {t[2]})"
+    ),
     max_leaves=8,
 )
 
@@ -31,7 +33,9 @@ def test_normal_form(text: str, normal: str) -> None:
     assert str(parse(text)) == normal
 
 
-@pytest.mark.parametrize("text", ["", "MIT AND", "(MIT", "MIT)", "AND MIT", "MIT ISC", "MIT OR/ISC", "(" * 200 + "MIT"])
+@pytest.mark.parametrize(
+    "text", ["", "MIT AND", "(MIT", "MIT)", "AND MIT", "MIT ISC", "MIT OR/ISC", "(" * 200 + "MIT"]
+)
 def test_what_is_no_expression_is_refused(text: str) -> None:
     with pytest.raises(NotAnExpression, match="not an SPDX expression"):
         parse(text)

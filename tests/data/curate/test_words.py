@@ -8,9 +8,12 @@ from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.words import Words, hash_words
 
 TEXTS = st.lists(
-    st.lists(st.sampled_from(["a", "B", "ab", "é", "É", "İ", "中文", "𝔘", "😀", " ", "\n", "-", "_", "1", "\0", "ß"]), max_size=15).map(
-        "".join
-    ),
+    st.lists(
+        st.sampled_from(
+            ["a", "B", "ab", "é", "É", "İ", "中文", "𝔘", "😀", " ", "\n", "-", "_", "1", "\0", "ß"]
+        ),
+        max_size=15,
+    ).map("".join),
     max_size=5,
 )
 

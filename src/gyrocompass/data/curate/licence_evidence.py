@@ -232,7 +232,12 @@ def _debian_name(word: str) -> str:
     >>> [_debian_name(word) for word in ("GPL-2+", "Expat", "LGPL-2.1", "or", "BSD-3-clause")]
     ['GPL-2.0+', 'MIT', 'LGPL-2.1', 'or', 'BSD-3-clause']
     """
-    word = {"Expat": "MIT", "Expat,": "MIT", "PSF": "PSF-2.0", "public-domain": "LicenseRef-public-domain"}.get(word, word)
+    word = {
+        "Expat": "MIT",
+        "Expat,": "MIT",
+        "PSF": "PSF-2.0",
+        "public-domain": "LicenseRef-public-domain",
+    }.get(word, word)
     return re.sub(r"^((?:A?L?GPL|GFDL|MPL|Apache|Artistic)-\d)(\+?),?$", r"\1.0\2", word.rstrip(","))
 
 

@@ -84,7 +84,11 @@ CODE = {
 }
 """StarCoder's, and no word longer than code has."""
 
-CHAT = {"n_words": Bounds(least=2), "mean_word_length": Bounds(least=2, most=15), "symbol_word_ratio": Bounds(most=0.3)}
+CHAT = {
+    "n_words": Bounds(least=2),
+    "mean_word_length": Bounds(least=2, most=15),
+    "symbol_word_ratio": Bounds(most=0.3),
+}
 """Short turns are good turns."""
 
 
@@ -108,7 +112,9 @@ class Quality(RecordStep):
         for slice_name, bounds in self.rules.items():
             for figure in bounds:
                 if figure not in FIGURES:
-                    raise ValueError(f"rules of {slice_name!r}: no figure {figure!r}{did_you_mean(figure, FIGURES)}")
+                    raise ValueError(
+                        f"rules of {slice_name!r}: no figure {figure!r}{did_you_mean(figure, FIGURES)}"
+                    )
         return self
 
     def annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
@@ -131,7 +137,9 @@ class Quality(RecordStep):
 
     def bounds_of(self, slice_name: str) -> Mapping[str, Bounds]:
         """The rules of a slice; none where no name fits."""
-        fitting = [name for name in self.rules if name == ANY_SLICE or f"{slice_name}/".startswith(f"{name}/")]
+        fitting = [
+            name for name in self.rules if name == ANY_SLICE or f"{slice_name}/".startswith(f"{name}/")
+        ]
         best = max(fitting, key=lambda name: (name != ANY_SLICE, len(name)), default=None)
         return {} if best is None else self.rules[best]
 
@@ -157,9 +165,9 @@ def measure(joined: Joined, languages: list[str | None]) -> dict[str, Float64Arr
     dot_N = np.concatenate([[False] * 2, code_N == ord(".")])
     three_N = dot_N[2:] & dot_N[1:-1] & dot_N[:-2]
     is_ellipsis |= (length_L >= 3) & three_N[shape.end_L - 1]
-    bullets = (is_any(code_N[shape.start_L], _BULLETS) & (shape.length_W[shape.first_word_L] == 1)) | _is_text(
-        joined, shape.start_L, "•‣◦▪"
-    )
+    bullets = (
+        is_any(code_N[shape.start_L], _BULLETS) & (shape.length_W[shape.first_word_L] == 1)
+    ) | _is_text(joined, shape.start_L, "•‣◦▪")
     upper_N = (code_N - 65 < 26) | ((code_N >= 0xC0) & (code_N <= 0xDE) & (code_N != 0xD7))
     digit_N = code_N - 48 < 10
     letters_W = shape.any_in_words(shape.letter_N & ~digit_N)
@@ -222,7 +230,9 @@ def _stop_words(joined: Joined, languages: list[str | None]) -> Float64Array:
     first_G, hash_G = words.ngram_hashes(1)
     known = np.array([language if language in STOP_WORDS else "en" for language in languages], dtype=object)
     counts = np.zeros(len(languages), np.float64)
-    is_short = words.length_W[first_G] <= max(len(word) for listed in STOP_WORDS.values() for word in listed.split())
+    is_short = words.length_W[first_G] <= max(
+        len(word) for listed in STOP_WORDS.values() for word in listed.split()
+    )
     row_G, hash_G = words.row_W[first_G][is_short], hash_G[is_short]
     for language in sorted(set(known)):
         for stop in _stop_hashes(language):

@@ -72,7 +72,10 @@ class Repetition(RecordStep):
             row = joined.rows_of(start)
             is_again = _is_again(row, range_hashes(prefix, start, end))
             length = end - start
-            counts = [np.bincount(row, weights, len(joined.texts)) for weights in (is_again, None, length * is_again, length)]
+            counts = [
+                np.bincount(row, weights, len(joined.texts))
+                for weights in (is_again, None, length * is_again, length)
+            ]
             figures[f"duplicate_{name}s"] = ratio(counts[0], counts[1])
             figures[f"duplicate_{name}_characters"] = ratio(counts[2], counts[3])
         return figures

@@ -110,8 +110,8 @@ class GlobalStep(Step):
     What finds duplicates gives `cluster`, the smallest id of those that are alike (null: alone), `partner`,
     the document it was found to be most like, and `similarity`. Who survives is a decision: the rule
     `keep_one` on `<step>.cluster` chooses among those that earlier rules left. A step may also decide by
-    itself, from what it `reads`, and give a flag; then `partner` is the survivor. The ledger names the partner
-    either way.
+    itself, from what it `reads`, and give a flag; then `partner` is the survivor. The ledger names the
+    partner either way.
     """
 
     @abstractmethod
@@ -143,12 +143,16 @@ def register(step: S) -> S:
     return step
 
 
-@cache
 def step_types() -> dict[str, type[Step]]:
     """Every step by name: importing the modules of `data/curate/` registers what they define."""
+    _import_all()
+    return dict(sorted(_STEPS.items()))
+
+
+@cache
+def _import_all() -> None:
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-    return dict(sorted(_STEPS.items()))
 
 
 def columns_of(step: Step, known: Mapping[str, pa.DataType]) -> dict[str, pa.DataType]:

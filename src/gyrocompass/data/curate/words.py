@@ -141,7 +141,9 @@ def hash_words(words: str) -> int:
     True
     """
     of_text = Words(Joined([words]))
-    first_G, hashes = of_text.ngram_hashes(len(of_text.start_W)) if len(of_text.start_W) else ((), np.zeros(1, np.uint64))
+    first_G, hashes = (
+        of_text.ngram_hashes(len(of_text.start_W)) if len(of_text.start_W) else ((), np.zeros(1, np.uint64))
+    )
     return int(hashes[0])
 
 
