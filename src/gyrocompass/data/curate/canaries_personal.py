@@ -18,11 +18,10 @@ from gyrocompass.data.curate.personal import find_in
 from gyrocompass.data.curate.personal_numbers import is_card
 
 _FIRST = "anna bogdan chloe dmitri elif farid greta hiro ines jorge kwame lena mateo nadia olu petra".split()
-_LAST = "Abel Brandt Costa Dupont Eriksen Fontaine Garcia Huber Ivanova Jansen Kowalski Lindqvist Moreau
-Nagy".split() _HOSTS = "gmail.com posteo.de orange.fr uni-graz.at mail.ru bbc.co.uk proton.me firma-huber.ch
-sapo.pt acme.io".split() _STREETS = "Maple Oak Washington Church Mill Victoria Station Highland Cedar
-Elm".split() _TOWNS = {"en": "Springfield Portland Dayton Albany Reno".split(), "de": "Berlin Hamburg Kassel
-Ulm".split()}
+_LAST = "Abel Brandt Costa Dupont Eriksen Fontaine Garcia Huber Ivanova Jansen Kowalski Lindqvist Moreau Nagy".split()
+_HOSTS = "gmail.com posteo.de orange.fr uni-graz.at mail.ru bbc.co.uk proton.me firma-huber.ch sapo.pt acme.io".split()
+_STREETS = "Maple Oak Washington Church Mill Victoria Station Highland Cedar Elm".split()
+_TOWNS = {"en": "Springfield Portland Dayton Albany Reno".split(), "de": "Berlin Hamburg Kassel Ulm".split()}
 
 
 def _digits(chance: random.Random, n: int) -> str:
@@ -84,8 +83,7 @@ def ip(chance: random.Random) -> str:
 def iban(chance: random.Random) -> str:
     """An account number of one of eight countries, in one piece or in fours."""
     country, form = chance.choice(
-        [("DE", "n" * 18), ("GB", "aaaa" + "n" * 14), ("FR", "n" * 10 + "c" * 11 + "nn"), ("NL", "aaaa" + "n"
-        * 10),
+        [("DE", "n" * 18), ("GB", "aaaa" + "n" * 14), ("FR", "n" * 10 + "c" * 11 + "nn"), ("NL", "aaaa" + "n" * 10),
          ("ES", "n" * 20), ("IT", "a" + "n" * 10 + "c" * 12), ("CH", "n" * 5 + "c" * 12), ("NO", "n" * 11)]
     )  # fmt: skip
     alphabet = {"n": string.digits, "a": string.ascii_uppercase, "c": string.digits + string.ascii_uppercase}

@@ -21,8 +21,7 @@ _CHINESE_CHECK = "10X98765432"
 _CODICE_ODD = dict(
     zip(
         "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12,
-        14, 16,
+        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16,
          10, 22, 25, 24, 23),
         strict=True,
     )
@@ -166,12 +165,14 @@ NATIONAL_IDS = (
     _id("br", r"\d{3}\.\d{3}\.\d{3}-\d\d", _br, r"\bcpf\b"),
     _id("se", r"(?:19|20)?\d{6}[-+]\d{4}", _se, r"personnummer"),
     _id("cn", r"[1-8]\d{5}(?:19|20)\d{9}[\dX]", _cn, r"身份证"),
-    _id("de", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", _de, r"steuer.?(?:id|nummer|identifikation)|\bidnr\b|\btin\b",
-    True), _id("pl", r"\d{11}", _pl, r"pesel", True), _id("nl", r"\d{9}|\d{4}\.\d\d\.\d{3}", _nl,
-    r"\bbsn\b|burgerservice", True), _id("ca", r"\d{3}([ -]?)\d{3}\1\d{3}", _ca, r"\bsin\b|social.insurance",
-    True), _id("no", r"\d{6} ?\d{5}", _no, r"f[øo]dselsnummer|\bfnr\b|personnummer", True), _id("tr",
-    r"\d{11}", _tr, r"kimlik|\bt\.?c\.? no", True), _id("in", r"\d{4}([ -]?)\d{4}\1\d{4}", _in,
-    r"aadhaar|\buid(?:ai)?\b", True), _id("au", r"\d{3} ?\d{3} ?\d{3}", _au, r"\btfn\b|tax.file", True),
+    _id("de", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", _de, r"steuer.?(?:id|nummer|identifikation)|\bidnr\b|\btin\b", True),
+    _id("pl", r"\d{11}", _pl, r"pesel", True),
+    _id("nl", r"\d{9}|\d{4}\.\d\d\.\d{3}", _nl, r"\bbsn\b|burgerservice", True),
+    _id("ca", r"\d{3}([ -]?)\d{3}\1\d{3}", _ca, r"\bsin\b|social.insurance", True),
+    _id("no", r"\d{6} ?\d{5}", _no, r"f[øo]dselsnummer|\bfnr\b|personnummer", True),
+    _id("tr", r"\d{11}", _tr, r"kimlik|\bt\.?c\.? no", True),
+    _id("in", r"\d{4}([ -]?)\d{4}\1\d{4}", _in, r"aadhaar|\buid(?:ai)?\b", True),
+    _id("au", r"\d{3} ?\d{3} ?\d{3}", _au, r"\btfn\b|tax.file", True),
 )  # fmt: skip
 """Every number that is known. No two of one shape are told apart without a word before them."""
 

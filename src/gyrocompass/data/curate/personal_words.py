@@ -41,8 +41,7 @@ _SERVICES = frozenset(
 _LOCAL_BACKWARDS = re.compile(r"[\w%+'-](?:[\w.%+'-]{0,62}[\w%+-])?")
 _DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-]|\.\w)")
 _SPELLED = re.compile(
-    r"(?i)(?<![\w.])([\w.%+-]{1,64}) ?[\[(] ?at ?[\])] ?((?:[\w-]{1,63} ?(?:\.|[\[(] ?dot ?[\])]| dot )
-    ?)+([a-z]{2,24}))\b"
+    r"(?i)(?<![\w.])([\w.%+-]{1,64}) ?[\[(] ?at ?[\])] ?((?:[\w-]{1,63} ?(?:\.|[\[(] ?dot ?[\])]| dot ) ?)+([a-z]{2,24}))\b"
 )
 
 _SUFFIX = (
@@ -50,14 +49,14 @@ _SUFFIX = (
     "Pkwy|Highway|Hwy|Close|Crescent|Gardens|Grove|Circle|Cir|Hill|Mews|Row|Quay"
 )
 _ENGLISH = re.compile(
-    rf"\d{{1,5}}[A-Za-z]? (?:[NSEW]\.? |(?:North|South|East|West) )?(?:[A-Z][\w'’-]+ |\d{{1,3}}(?:st|nd|rd|th)
-    ){{1,3}}" rf"(?:{_SUFFIX})\b\.?(?:,? (?:Apt|Suite|Unit|Flat|#)\.? ?\w{{1,5}})?" r"(,?\s+[A-Z][\w.'’
-    -]{1,30}?,?\s+(?:[A-Z]{2},?\s+\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]{2,3} \d{4}))?"
+    rf"\d{{1,5}}[A-Za-z]? (?:[NSEW]\.? |(?:North|South|East|West) )?(?:[A-Z][\w'’-]+ |\d{{1,3}}(?:st|nd|rd|th) ){{1,3}}"
+    rf"(?:{_SUFFIX})\b\.?(?:,? (?:Apt|Suite|Unit|Flat|#)\.? ?\w{{1,5}})?"
+    r"(,?\s+[A-Z][\w.'’ -]{1,30}?,?\s+(?:[A-Z]{2},?\s+\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]{2,3} \d{4}))?"
 )
 _FRENCH = re.compile(
     r"\d{1,4}(?: ?(?:bis|ter))?,? (?:rue|avenue|boulevard|place|chemin|impasse|allée|quai|route|cours)"
-    r" (?:(?:de|du|des|la|le|les|l'|d'|l’|d’) ?)*[A-ZÀ-Ý][\w'’-]+(?:[ -](?:(?:de|du|des|la|le|et)
-    )*[A-ZÀ-Ý][\w'’-]+){0,3}" r"(,?\s+\d{5} [A-ZÀ-Ý][\w'’-]+)?"
+    r" (?:(?:de|du|des|la|le|les|l'|d'|l’|d’) ?)*[A-ZÀ-Ý][\w'’-]+(?:[ -](?:(?:de|du|des|la|le|et) )*[A-ZÀ-Ý][\w'’-]+){0,3}"
+    r"(,?\s+\d{5} [A-ZÀ-Ý][\w'’-]+)?"
 )
 _TOWN = r"(,?\s+(?:[A-Z]{1,2}-)?\d{4,5}(?: [A-Z]{2})? [A-ZÀ-Ý][\w'’-]+)?"
 _GERMANIC = re.compile(
@@ -66,8 +65,7 @@ _GERMANIC = re.compile(
     + _TOWN
 )
 _GERMANIC_END = re.compile(
-    r"(?:(?:[Ss]tra(?:ß|ss)|gass|kad)e|[Ss]tr\.|[Ww]eg|[Pp]latz|[Aa]llee|[Uu]fer|damm|[Rr]ing|straat|laan|plein|gracht),?
-    \Z"
+    r"(?:(?:[Ss]tra(?:ß|ss)|gass|kad)e|[Ss]tr\.|[Ww]eg|[Pp]latz|[Aa]llee|[Uu]fer|damm|[Rr]ing|straat|laan|plein|gracht),? \Z"
 )
 _IS_ALSO_A_WORD = re.compile(r"(?:ring|weg|platz|ufer|damm|plein),? \d")
 _ROMANCE_WORDS = (
