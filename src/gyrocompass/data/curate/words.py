@@ -135,16 +135,30 @@ def mix(hashes: Hashes) -> Hashes:
 
 
 def hash_words(words: str) -> int:
-    """The hash of one text's words, as `ngram_hashes` gives it for as many words.
+    """The hash of all of one text's words, as `ngram_hashes` gives it for as many.
 
     >>> hash_words("Hello,  World") == hash_words("hello world")
     True
     """
-    of_text = Words(Joined([words]))
-    first_G, hashes = (
-        of_text.ngram_hashes(len(of_text.start_W)) if len(of_text.start_W) else ((), np.zeros(1, np.uint64))
-    )
-    return int(hashes[0])
+    small = " ".join(word_list(words))
+    code_N = np.frombuffer(small.encode("utf-32-le"), np.uint32)
+    return int(range_hashes(prefix_hashes(code_N), np.array([0]), np.array([len(code_N)]))[0])
+
+
+def word_list(text: str) -> list[str]:
+    """The words of a text in small letters.
+
+    >>> word_list("It's 3 o'clock")
+    ['it', 's', '3', 'o', 'clock']
+    """
+    words = Words(Joined([text]))
+    return [small_letters(text[s:e]) for s, e in zip(words.start_W.tolist(), words.end_W.tolist(), strict=True)]
+
+
+def small_letters(text: str) -> str:
+    """A text in small letters, character by character: its length stays."""
+    small = text.lower()
+    return small if len(small) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 _POWERS: list[tuple[Hashes, Hashes]] = []
