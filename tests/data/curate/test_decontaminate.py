@@ -14,7 +14,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.benchmark_items import Benchmark
 from gyrocompass.data.curate.decontaminate import Certificate, Decontamination
 from gyrocompass.data.curate.spans import from_arrow
-from gyrocompass.data.curate.words import word_list
+from gyrocompass.data.curate.word_runs import word_list
 
 LONG = "A farmer has seventeen sheep and all but nine of them run away, how many sheep does the farmer have left at home?"
 SHORT = "Who painted the night watch?"

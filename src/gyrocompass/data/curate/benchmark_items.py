@@ -22,7 +22,7 @@ import numpy as np
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.content_file import ContentFile
 from gyrocompass.data.curate.joined import Int64Array, Joined
-from gyrocompass.data.curate.words import Hashes, Words, word_list
+from gyrocompass.data.curate.word_runs import Hashes, Words, word_list
 
 _BITS = 22
 

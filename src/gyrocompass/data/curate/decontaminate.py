@@ -35,7 +35,7 @@ from gyrocompass.data.curate.benchmark_items import Benchmark, Index, Item, Post
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, from_arrow, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
-from gyrocompass.data.curate.words import Words, small_letters
+from gyrocompass.data.curate.word_runs import Words, small_letters
 
 HOW = ("answer", "substring", "ngram", "jaccard")
 """The tests, the surest first."""

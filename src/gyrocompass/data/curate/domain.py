@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
-from gyrocompass.data.curate.words import Words, hash_words
+from gyrocompass.data.curate.word_runs import Words, hash_words
 
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "law": tuple("court plaintiff defendant statute contract liability judge appeal clause jurisdiction tort".split()),

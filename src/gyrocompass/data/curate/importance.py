@@ -25,7 +25,7 @@ from gyrocompass.data.curate.content_file import ContentFile
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import ratio
-from gyrocompass.data.curate.words import Words, hash_words
+from gyrocompass.data.curate.word_runs import Words, hash_words
 
 _LONGEST = 2
 _CHUNK = 4096

@@ -30,7 +30,7 @@ from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, by_document, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import ratio
-from gyrocompass.data.curate.words import Words, hash_words, word_list
+from gyrocompass.data.curate.word_runs import Words, hash_words, word_list
 
 TextScorer = Callable[[Sequence[str]], Sequence[float]]
 """One number for each text; higher is worse."""

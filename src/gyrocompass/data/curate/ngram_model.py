@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gyrocompass.core.errors import BadInput
-from gyrocompass.data.curate.words import Hashes, prefix_hashes, range_hashes
+from gyrocompass.data.curate.word_runs import Hashes, prefix_hashes, range_hashes
 
 _FORMAT = 1
 

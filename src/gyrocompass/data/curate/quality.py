@@ -28,7 +28,7 @@ from gyrocompass.data.curate.joined import Flags, Joined, is_any
 from gyrocompass.data.curate.rules import ANY_SLICE
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
-from gyrocompass.data.curate.words import Words, hash_words
+from gyrocompass.data.curate.word_runs import Words, hash_words
 
 STOP_WORDS = {
     "en": "the be to of and that have with",

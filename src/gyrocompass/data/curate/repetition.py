@@ -24,7 +24,7 @@ from pydantic import PositiveInt
 from gyrocompass.data.curate.joined import Int64Array, Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
-from gyrocompass.data.curate.words import Hashes, Words, mix, prefix_hashes, range_hashes
+from gyrocompass.data.curate.word_runs import Hashes, Words, mix, prefix_hashes, range_hashes
 
 
 @register

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gyrocompass.data.curate.joined import Flags, Int64Array, Joined, is_any, runs
-from gyrocompass.data.curate.words import is_letter
+from gyrocompass.data.curate.word_runs import is_letter
 
 Float64Array = NDArray[np.float64]
 

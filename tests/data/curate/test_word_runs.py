@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyrocompass.data.curate.joined import Joined
-from gyrocompass.data.curate.words import Words, hash_words
+from gyrocompass.data.curate.word_runs import Words, hash_words
 
 TEXTS = st.lists(
     st.lists(
