@@ -36,7 +36,6 @@ from gyrocompass.data.curate.dataset import (
     LEDGER,
     STATISTICS,
     DatasetPart,
-    DatasetPartDone,
     leaf_table,
     sums,
     write_part,
@@ -47,13 +46,12 @@ from gyrocompass.data.curate.merkle import Leaf, merkle_root
 from gyrocompass.data.curate.parts import (
     ANNOTATIONS,
     Part,
-    PartDone,
     annotate_part,
     read_signatures,
     sign_part,
 )
-from gyrocompass.data.curate.reading import link, read_corpus
 from gyrocompass.data.curate.pseudonym import Pseudonyms
+from gyrocompass.data.curate.reading import link, read_corpus
 from gyrocompass.data.curate.step import GlobalStep, RecordStep
 from gyrocompass.data.curate.versions import DATASET, DATASET_KIND, remember
 from gyrocompass.data.document import QUARANTINED
@@ -117,11 +115,8 @@ class Builder:
             BadInput: a source is missing, holds no document, or too much of it cannot be read.
             GyroError: a step fails on too many documents.
         """
-        begun = self.progress.clock()
-        corpus, reused = read_corpus(config, self.store, self.progress)
-        read = Stage("read", corpus, reused, self.progress.clock() - begun)
-        on_stage(read)
-        on = self.build_on(config, corpus, on_stage)
+        read = self._stage("read", on_stage, read_corpus, config, self.store, self.progress)
+        on = self.build_on(config, read.artifact, on_stage)
         return on._replace(stages=(read, *on.stages))
 
     def build_on(
@@ -129,21 +124,27 @@ class Builder:
     ) -> Built:
         """The same on a corpus that was read before, whatever has become of its sources."""
         stages: list[Stage] = []
-
-        def timed(name: str, work: Callable[[], tuple[Artifact, bool]]) -> Artifact:
-            begun = self.progress.clock()
-            artifact, reused = work()
-            stages.append(Stage(name, artifact, reused, self.progress.clock() - begun))
-            on_stage(stages[-1])
-            return artifact
-
         notes: dict[str, Artifact] = {}
         for named in config.steps:
-            notes[named.label] = timed(
-                named.label, lambda named=named: self._annotated(config, named, corpus, notes)
-            )
-        remember(self.store, timed("decide", lambda: self._decided(config, corpus, notes)))
+            stages.append(self._stage(named.label, on_stage, self._annotated, config, named, corpus, notes))
+            notes[named.label] = stages[-1].artifact
+        stages.append(self._stage("decide", on_stage, self._decided, config, corpus, notes))
+        remember(self.store, stages[-1].artifact)
         return Built(config, corpus, tuple(stages))
+
+    def _stage(
+        self,
+        name: str,
+        on_stage: Callable[[Stage], None],
+        work: Callable[..., tuple[Artifact, bool]],
+        *arguments: Any,
+    ) -> Stage:
+        """Do a stage's work, or find it done, and tell of it."""
+        begun = self.progress.clock()
+        artifact, reused = work(*arguments)
+        stage = Stage(name, artifact, reused, self.progress.clock() - begun)
+        on_stage(stage)
+        return stage
 
     def _annotated(
         self, config: BuildConfig, named: NamedStep, corpus: Artifact, notes: Mapping[str, Artifact]
@@ -201,11 +202,9 @@ class Builder:
         rows = source.rows
         done = source.n_documents - sum(rows[part.shard] for part in waiting)
         task = self.progress.task(named.label, source.n_documents, "doc", done=done)
-        function: Callable[[Part], PartDone] = (
-            sign_part if isinstance(named.step, GlobalStep) else annotate_part
-        )
-        for result in self.executor.run(function, waiting):
-            task.advance(result.documents)
+        function = sign_part if isinstance(named.step, GlobalStep) else annotate_part
+        for part in self.executor.run(function, waiting):
+            task.advance(rows[part.shard])
         task.finish()
         return folders
 
@@ -284,15 +283,13 @@ class Builder:
                 verdicts.kept_D[begins[shard] : begins[shard + 1]],
                 shard,
                 folder,
-                self.batch_rows,
             )
             for shard, folder in enumerate(folders)
             if not folder.exists()
         ]
         task = self.progress.task("write", int(verdicts.kept_D.sum()), "doc")
-        results: Iterator[DatasetPartDone] = self.executor.run(write_part, waiting)
-        for result in results:
-            task.advance(result.documents)
+        for part in self.executor.run(write_part, waiting):
+            task.advance(int(part.kept.sum()))
         task.finish()
         return folders
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from gyrocompass.data.curate.corpus import PART_SEPARATOR
-from gyrocompass.data.curate.spans import Span, mask as mask
+from gyrocompass.data.curate.spans import Span
+from gyrocompass.data.curate.spans import mask as mask
 from gyrocompass.data.document import Document, Step
 
 Replacement = Callable[[Span, str], str]
@@ -51,7 +52,7 @@ def cover(document: Document, covers: Iterable[Cover]) -> Covered:
         own = [
             Cover(span._replace(start=max(span.start - begin, 0), end=min(span.end - begin, len(text))), by)
             for span, by in chosen
-            if span.start < begin + len(text) and span.end > begin
+            if max(span.start, begin) < min(span.end, begin + len(text))
         ]
         covered, moved = _cover_text(text, own)
         texts.append(covered)

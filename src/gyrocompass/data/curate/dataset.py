@@ -5,7 +5,7 @@
                             ledger.parquet                  why each other document is not there
                             covered.parquet                 documents with masks or pseudonyms, old id and new
                             quarantined.parquet             what could not be read
-                            statistics.parquet              documents and bytes by slice, source, licence and so on
+                            statistics.parquet              documents and bytes by slice, source, ...
                             dataset.json                    name, Merkle root, counts
 
 `documents-*.parquet` have the columns of `Document`, so that `read_documents` reads them like any others. A
@@ -49,6 +49,7 @@ COVERED_SCHEMA = pa.schema(
     ]
 )
 LEAF_SCHEMA = pa.schema([("id", pa.string()), ("fields", pa.binary(32))])
+_ALL_ROWS = 2**31 - 1
 _GROUPED = ["slice", "source", "licence", "language"]
 
 
@@ -62,25 +63,17 @@ class DatasetPart(NamedTuple):
     """Which of the shard's documents stay."""
     shard: int
     target: Path
-    batch_rows: int
 
 
-class DatasetPartDone(NamedTuple):
-    """What a part came to."""
-
-    shard: int
-    documents: int
-    bytes: int
-
-
-def write_part(part: DatasetPart) -> DatasetPartDone:
+def write_part(part: DatasetPart) -> None:
     """Write what stays of a shard; the folder appears whole."""
     coverings = [rule.selected for rule in part.rules if isinstance(rule.selected, Covering)]
     replacements = [_replacement(covering) for covering in coverings]
-    corpus = Corpus(part.corpus, part.annotations, part.batch_rows)
+    # Whole row groups, so that the bytes of the result do not depend on the size of batches.
+    corpus = Corpus(part.corpus, part.annotations, _ALL_ROWS)
     columns = list(dict.fromkeys([*CORPUS_SCHEMA.names, *(covering.column for covering in coverings)]))
     covered: list[dict[str, Any]] = []
-    place, n_bytes = 0, 0
+    place = 0
     with staging(part.target.parent) as folder:
         statistics: list[pa.Table] = []
         leaves: list[Leaf] = []
@@ -93,13 +86,11 @@ def write_part(part: DatasetPart) -> DatasetPartDone:
                 leaves += map(leaf, rows.select(LEAF_FIELDS).to_pylist())
                 table = pa.Table.from_batches([rows.select(_GROUPED)]).append_column("bytes", sizes)
                 statistics.append(table)
-                n_bytes += pc.sum(sizes).as_py() or 0
         pq.write_table(sums(pa.concat_tables(statistics)), folder / STATISTICS)
         pq.write_table(pa.Table.from_pylist(covered, COVERED_SCHEMA), folder / COVERED)
         pq.write_table(leaf_table(leaves), folder / LEAVES)
         sync(folder)
         land(folder, part.target, replace=False)
-    return DatasetPartDone(part.shard, len(leaves), n_bytes)
 
 
 def sums(rows: pa.Table) -> pa.Table:

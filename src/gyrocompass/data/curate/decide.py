@@ -179,7 +179,7 @@ class _Judge:
             order = "descending" if preference.order == "highest" else "ascending"
             keys.append((f"preference {number}", order))
         keys.append(("id", "ascending"))
-        members = members.take(pc.sort_indices(members, sort_keys=keys, null_placement="at_end"))
+        members = members.take(pc.sort_indices(members, sort_keys=keys))
         codes = members["value"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
         first = np.flatnonzero(np.diff(codes, prepend=-1))
         return members.select(["value", "id"]).take(pa.array(first))

@@ -1,6 +1,6 @@
 """Executors: the same work on many shards, here in processes or on a Ray cluster.
 
-    executor.run(function, parts) --> results, in the order they are done
+    executor.run(function, parts) --> the parts, in the order they are done
 
 A part names files and says where its result goes; nothing but these names travels between processes, and the
 result is a file that appears whole. What parts come to therefore depends neither on who does them nor on
@@ -13,9 +13,11 @@ the extra `ray`; its workers must see the same files under the same paths.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,20 +26,19 @@ from multiprocessing.connection import wait as wait_for
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from gyrocompass.core.errors import GyroError, MissingDependency
+from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 
 P = TypeVar("P")
-R = TypeVar("R")
 
 
 class Executor(Protocol):
     """Does parts of work; a context, so that what it starts ends."""
 
-    def run(self, function: Callable[[P], R], parts: Sequence[P]) -> Iterator[R]:
-        """The results as they are done; an error of one part ends it.
+    def run(self, function: Callable[[P], None], parts: Sequence[P]) -> Iterator[P]:
+        """The parts as they are done; an error of one part ends it.
 
         Args:
-            function: a function of a module, without side effects but the files that the part names.
+            function: a function of a module, which leaves what it comes to in files that the part names.
             parts: what it is called with, one by one.
         """
 
@@ -86,10 +87,12 @@ class LocalExecutor:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = None
 
-    def run(self, function: Callable[[P], R], parts: Sequence[P]) -> Iterator[R]:
+    def run(self, function: Callable[[P], None], parts: Sequence[P]) -> Iterator[P]:
         """See `Executor`."""
         if self.workers == 1 or len(parts) < 2:
-            yield from map(function, parts)
+            for part in parts:
+                function(part)
+                yield part
             return
         try:
             yield from self._run_in_pool(function, parts)
@@ -99,22 +102,22 @@ class LocalExecutor:
                 fix="give fewer workers, or free memory; the same command goes on from what is saved",
             ) from error
 
-    def _run_in_pool(self, function: Callable[[P], R], parts: Sequence[P]) -> Iterator[R]:
+    def _run_in_pool(self, function: Callable[[P], None], parts: Sequence[P]) -> Iterator[P]:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, context, _begin_worker)
         waiting = iter(parts)
-        running: set[Future[R]] = set()
+        running: dict[Future[None], P] = {}
         while True:
             for part in waiting:
-                running.add(self._pool.submit(function, part))
+                running[self._pool.submit(function, part)] = part
                 if len(running) >= 2 * self.workers:
                     break
             if not running:
                 return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()
+                yield running.pop(future)
 
 
 def _begin_worker() -> None:
@@ -152,9 +155,16 @@ class RayExecutor:
 
     def __enter__(self) -> Self:
         if not self._ray.is_initialized():
-            local = {} if self._address or os.environ.get("RAY_ADDRESS") else {"num_cpus": self.workers}
-            self._ray.init(address=self._address, log_to_driver=False, include_dashboard=False, **local)
+            own: dict[str, Any] = {}
+            if not self._address and not os.environ.get("RAY_ADDRESS"):
+                # A cluster of our own: as many CPUs as workers, and modules where this process finds them.
+                paths = os.pathsep.join(path for path in sys.path if path)
+                own = {"num_cpus": self.workers, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+            self._ray.init(address=self._address, **own, **quiet)
             self._started = True
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self._ray.data.DataContext.get_current().enable_progress_bars = False
         return self
 
     def __exit__(
@@ -166,12 +176,24 @@ class RayExecutor:
         if self._started:
             self._ray.shutdown()
 
-    def run(self, function: Callable[[P], R], parts: Sequence[P]) -> Iterator[R]:
+    def run(self, function: Callable[[P], None], parts: Sequence[P]) -> Iterator[P]:
         """See `Executor`."""
         if not parts:
             return
         numbers = [{"number": number} for number in range(len(parts))]
         blocks = self._ray.data.from_items(numbers, override_num_blocks=len(parts))
-        done = blocks.map(lambda row: {"result": function(parts[row["number"]])}, concurrency=self.workers)
-        for row in done.iter_rows():
-            yield row["result"]
+
+        def work(row: dict[str, Any]) -> dict[str, Any]:
+            try:
+                function(parts[row["number"]])
+            except GyroError as error:  # Ray keeps the text of an error's cause, not the cause
+                return row | {"error": [error.what, error.where, error.fix], "exit_code": error.exit_code}
+            return row | {"error": [], "exit_code": 0}
+
+        strategy = self._ray.data.TaskPoolStrategy(size=self.workers)
+        for row in blocks.map(work, compute=strategy).iter_rows():
+            if row["exit_code"]:
+                what, where, fix = row["error"]
+                kind = BadInput if row["exit_code"] == BadInput.exit_code else GyroError
+                raise kind(what, where=where, fix=fix)
+            yield parts[row["number"]]

@@ -1,6 +1,6 @@
 """Opt-out lists: what must not be read again.
 
-    # one entry a line; what follows a # is a remark
+    # one entry a line; a # at the beginning, or after a space, begins a remark
     1a2b3c4d5e6f7a8b                                    a document, by its id
     9f86d081...                                         a content, wherever it stands, by its sha256 (64)
     path:archive/2021/*                                 documents by path, with * and ?
@@ -94,7 +94,7 @@ def _entries(path: Path) -> list[str]:
         raise BadInput(f"the opt-out list cannot be read: {error}", where=path) from error
     entries = []
     for number, line in enumerate(lines, 1):
-        entry = line.partition("#")[0].strip()
+        entry = re.sub(r"(^|\s)#.*", "", line).strip()
         if not entry:
             continue
         if not re.fullmatch(r"[0-9a-f]{16}|[0-9a-f]{64}|path:.+|source:.+", entry):

@@ -43,26 +43,18 @@ class Part(NamedTuple):
     batch_rows: int
 
 
-class PartDone(NamedTuple):
-    """What a part came to."""
-
-    shard: int
-    documents: int
-    failed: int
-
-
-def annotate_part(part: Part) -> PartDone:
+def annotate_part(part: Part) -> None:
     """Annotate a shard."""
     assert isinstance(part.step, RecordStep)
     table, failures = _mapped(part, part.step.annotate)
-    return _land(part, ANNOTATIONS, table, failures)
+    _land(part, ANNOTATIONS, table, failures)
 
 
-def sign_part(part: Part) -> PartDone:
+def sign_part(part: Part) -> None:
     """Compute the signatures of a shard."""
     assert isinstance(part.step, GlobalStep)
     table, failures = _mapped(part, part.step.signatures)
-    return _land(part, SIGNATURES, table, failures)
+    _land(part, SIGNATURES, table, failures)
 
 
 def read_signatures(folders: list[Path]) -> Iterator[pa.RecordBatch]:
@@ -114,10 +106,9 @@ def _nulls(schema: pa.Schema, ids: pa.Array) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([ids, *columns], schema=schema)
 
 
-def _land(part: Part, name: str, table: pa.Table, failures: list[dict[str, str]]) -> PartDone:
+def _land(part: Part, name: str, table: pa.Table, failures: list[dict[str, str]]) -> None:
     with staging(part.target.parent) as folder:
         pq.write_table(table, folder / name, compression="zstd")
         pq.write_table(pa.Table.from_pylist(failures, FAILURE_SCHEMA), folder / FAILURES)
         sync(folder)
         land(folder, part.target, replace=False)
-    return PartDone(part.shard, table.num_rows, len(failures))

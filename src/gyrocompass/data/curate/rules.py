@@ -145,7 +145,8 @@ class Condition(Selected):
         if pa.types.is_boolean(column.type):
             true: Mask = pc.fill_null(column, False).to_numpy(zero_copy_only=False)
             return true
-        return known.astype(np.bool_)
+        other: Mask = known.astype(np.bool_)
+        return other
 
     def sentence(self) -> str:
         """The condition in words, as ledgers and tables show it."""
@@ -165,7 +166,7 @@ class Condition(Selected):
 
 
 class Preference(Config):
-    """What makes a document better than another: a higher or lower value, or an earlier one; nulls are last."""
+    """What makes a document better than another: a higher or lower value, or an earlier one. Nulls last."""
 
     column: str
     order: Literal["highest", "lowest"] | tuple[str, ...]
@@ -318,7 +319,8 @@ def spans_that_count(
         counts &= scores >= np.float32(min_score)
     ends = np.cumsum(lengths)
     total = np.concatenate([[0], np.cumsum(counts)])
-    return (total[ends] - total[ends - lengths]).astype(np.int64)
+    counted: npt.NDArray[np.int64] = (total[ends] - total[ends - lengths]).astype(np.int64)
+    return counted
 
 
 def threshold_of(threshold: float | Mapping[str, float], slice_name: str) -> float:

@@ -38,9 +38,11 @@ def funnel(dataset: Artifact, corpus: Artifact) -> list[FunnelLine]:
     counts = corpus.manifest.counts
     left = int(counts["documents"])
     lines = [FunnelLine("read", left, int(counts["bytes"]), left)]
-    for what in ("quarantined", "skipped"):
-        if counts[what]:
-            lines.append(FunnelLine(f"{what} while reading", int(counts[what]), 0, None))
+    lines += [
+        FunnelLine(f"{what} while reading", int(counts[what]), 0, None)
+        for what in ("quarantined", "skipped")
+        if counts[what]
+    ]
     ledger = pq.read_table(dataset.path / LEDGER, columns=["rule", "title", "n_bytes"])
     taken = ledger.group_by(["rule", "title"]).aggregate([("n_bytes", "count"), ("n_bytes", "sum")])
     for row in sorted(taken.to_pylist(), key=lambda row: (row["rule"], row["title"])):
@@ -135,7 +137,7 @@ def _shown(value: Any) -> str:
 def print_difference(found: Difference, console: Console, rows: int) -> None:
     """What differs, with at most so many documents of each kind."""
     if found.same:
-        console.print(f"the same documents: both have the root {found.root_before}", highlight=False)
+        console.print(f"the same documents, root {found.root_before}", highlight=False, soft_wrap=True)
         return
     table = Table(title=f"root {found.root_before[:16]} -> {found.root_after[:16]}")
     table.add_column("slice", overflow="fold")

@@ -152,8 +152,8 @@ def _matching(corpus: Corpus, dataset: Artifact, name: str) -> str | dict[str, A
         more = ", ..." if len(found) > _SHOWN else ""
         raise BadInput(f"{name!r} may be any of: {shown}{more}", where=dataset.id, fix="write more of it")
     for row in pq.read_table(dataset.path / QUARANTINED).to_pylist():
-        place = row["path"] if row["line"] is None else f"{row['path']}:{row['line']}"
-        if name in (place, row["path"], row["document_id"]) or place.endswith(f"/{name}"):
+        places = (row["path"], f"{row['path']}:{row['line']}")
+        if name in (*places, row["document_id"]) or any(place.endswith(f"/{name}") for place in places):
             return dict(row)
     paths = (path for batch in corpus.batches(["path"]) for path in batch["path"].to_pylist())
     best = nearest(name, itertools.islice(paths, _COMPARED))
