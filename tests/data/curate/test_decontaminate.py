@@ -175,6 +175,13 @@ def test_nested_fields_and_lists_of_answers(tmp_path: Path) -> None:
     assert kinds(step, [f"{SHORT} rembrandt; van rijn"])[0][0][0] == "answer:b#0"
 
 
+def test_items_in_a_script_without_spaces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("夜警是哪位荷兰画家在一六四二年画的？\n", "utf-8")
+    step = Decontamination(benchmarks=(Benchmark(name="b", path=tmp_path / "a.txt"),))
+    found = kinds(step, ["问：夜警是哪位荷兰画家在一六四二年画的？答：伦勃朗。", "夜警是一幅画。"])
+    assert found == [[("substring:b#0", "夜警是哪位荷兰画家在一六四二年画的")], []]
+
+
 def test_lengths_that_would_miss_items_are_refused() -> None:
     with pytest.raises(ValidationError, match="never be looked for"):
         Decontamination(benchmarks=(), ngram=3, shortest=5)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyrocompass.data.curate.joined import Joined
-from gyrocompass.data.curate.word_runs import Words, hash_words
+from gyrocompass.data.curate.word_runs import WordRuns, hash_words, small_letters, word_list
 
 TEXTS = st.lists(
     st.lists(
@@ -20,7 +20,7 @@ TEXTS = st.lists(
 
 def plain_words(text: str) -> list[str]:
     """The reference: word by word."""
-    found = re.findall(r"[^\W_]+", text)
+    found = re.findall(r"[一-鿿]|(?:(?![一-鿿])[^\W_])+", text)
     return ["".join(c.lower() if len(c.lower()) == 1 else c for c in word) for word in found]
 
 
@@ -28,18 +28,18 @@ def plain_words(text: str) -> list[str]:
 @given(TEXTS)
 def test_words_are_those_of_the_reference(texts: list[str]) -> None:
     texts = [text.replace("😀", "-") for text in texts]
-    words = Words(Joined(texts))
+    words = WordRuns(Joined(texts))
     assert words.n_words_D.tolist() == [len(plain_words(text)) for text in texts]
     for start, end, row in zip(words.start_W, words.end_W, words.row_W, strict=True):
         inside = words.joined.text[start:end]
-        assert inside in texts[row] and re.fullmatch(r"[^\W_]+", inside)
+        assert inside in texts[row] and plain_words(inside) == [small_letters(inside)]
 
 
 @settings(deadline=None)
 @given(TEXTS)
 def test_runs_have_one_hash_exactly_if_their_words_are_the_same(texts: list[str]) -> None:
     texts = [text.replace("😀", "-") for text in texts]
-    words = Words(Joined(texts))
+    words = WordRuns(Joined(texts))
     for n in (1, 2, 3):
         expected = [
             " ".join(run)
@@ -53,7 +53,11 @@ def test_runs_have_one_hash_exactly_if_their_words_are_the_same(texts: list[str]
 
 
 def test_the_hash_of_a_run_is_the_same_in_any_layout_and_at_any_place() -> None:
-    first = Words(Joined(["The quick-brown FOX"])).ngram_hashes(4)[1]
-    second = Words(Joined(["x " * 100_000, "é the\n\nquick (brown)... fox"])).ngram_hashes(4)[1]
+    first = WordRuns(Joined(["The quick-brown FOX"])).ngram_hashes(4)[1]
+    second = WordRuns(Joined(["x " * 100_000, "é the\n\nquick (brown)... fox"])).ngram_hashes(4)[1]
     assert second[-1] == first[0]
     assert all(a == b for a, b in pairwise(second[:1000].tolist()))
+
+
+def test_scripts_without_spaces_have_a_word_in_each_character() -> None:
+    assert word_list("東京へ行く ok 𠀀𠀁a") == ["東", "京", "へ", "行", "く", "ok", "𠀀", "𠀁", "a"]

@@ -22,7 +22,7 @@ import numpy as np
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.content_file import ContentFile
 from gyrocompass.data.curate.joined import Int64Array, Joined
-from gyrocompass.data.curate.word_runs import Hashes, Words, word_list
+from gyrocompass.data.curate.word_runs import Hashes, WordRuns, word_list
 
 _BITS = 22
 
@@ -148,7 +148,7 @@ class Postings:
     """
 
     def __init__(self, items: Sequence[Item], numbers: Sequence[int], n: int) -> None:
-        words = Words(Joined([" ".join(items[number].question) for number in numbers]))
+        words = WordRuns(Joined([" ".join(items[number].question) for number in numbers]))
         first, hashes = words.ngram_hashes(n)
         row = words.row_W[first]
         begin = np.concatenate([[0], np.cumsum(words.n_words_D)])

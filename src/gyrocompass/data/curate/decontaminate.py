@@ -35,7 +35,7 @@ from gyrocompass.data.curate.benchmark_items import Benchmark, Index, Item, Post
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, from_arrow, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
-from gyrocompass.data.curate.word_runs import Words, small_letters
+from gyrocompass.data.curate.word_runs import WordRuns, small_letters
 
 HOW = ("answer", "substring", "ngram", "jaccard")
 """The tests, the surest first."""
@@ -95,7 +95,7 @@ class Decontamination(RecordStep):
         Raises:
             BadInput: a benchmark cannot be read.
         """
-        words = Words(Joined.of(documents))
+        words = WordRuns(Joined.of(documents))
         spans: list[list[Span]] = [[] for _ in words.joined.texts]
         for hit in self._hits(words):
             offset = int(words.joined.start_D[hit.row])
@@ -124,7 +124,7 @@ class Decontamination(RecordStep):
                 _keep_best(best, hit)
         yield from (best[key] for key in sorted(best))
 
-    def _exact(self, words: Words, index: Index, postings: Postings) -> Iterator[_Hit]:
+    def _exact(self, words: WordRuns, index: Index, postings: Postings) -> Iterator[_Hit]:
         """Hits of the tests ngram, substring and answer."""
         n = postings.n
         first_G, hash_G = words.ngram_hashes(n)
@@ -146,7 +146,7 @@ class Decontamination(RecordStep):
                 run = [first for first in firsts if first - firsts[0] <= 2 * len(index.items[item].question)]
                 yield _Hit(row, item, "ngram", score, firsts[0], run[-1] + n - 1)
 
-    def _whole(self, words: Words, item: Item, number: int, first: int) -> _Hit | None:
+    def _whole(self, words: WordRuns, item: Item, number: int, first: int) -> _Hit | None:
         """The hit of a question that stands there in one piece, with its answer if that follows."""
         row, end = int(words.row_W[first]), first + len(item.question)
         if end > len(words.row_W) or words.row_W[end - 1] != row or _words_at(words, first, end) != item.question:
@@ -160,7 +160,7 @@ class Decontamination(RecordStep):
                     return _Hit(row, number, "answer", 1.0, first, end + place + n - 1)
         return _Hit(row, number, "substring", 1.0, first, end - 1)
 
-    def _similar(self, words: Words, index: Index, best: dict[tuple[int, int], _Hit]) -> Iterator[_Hit]:
+    def _similar(self, words: WordRuns, index: Index, best: dict[tuple[int, int], _Hit]) -> Iterator[_Hit]:
         """Hits of the test jaccard: stretches that are aligned with an item by a rare run of words."""
         assert self.jaccard is not None
         postings = _similar_postings(self)
@@ -192,7 +192,7 @@ def _keep_best(best: dict[tuple[int, int], _Hit], hit: _Hit) -> None:
         best[hit.row, hit.item] = hit
 
 
-def _words_at(words: Words, first: int, end: int) -> tuple[str, ...]:
+def _words_at(words: WordRuns, first: int, end: int) -> tuple[str, ...]:
     places = zip(words.start_W[first:end].tolist(), words.end_W[first:end].tolist(), strict=True)
     return tuple(small_letters(words.joined.text[a:b]) for a, b in places)
 

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
-from gyrocompass.data.curate.word_runs import Words, hash_words
+from gyrocompass.data.curate.word_runs import WordRuns, hash_words
 
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "law": tuple("court plaintiff defendant statute contract liability judge appeal clause jurisdiction tort".split()),
@@ -83,7 +83,7 @@ class Domain(RecordStep):
 
     def _shares(self, joined: Joined) -> np.ndarray:  # type: ignore[type-arg]
         """Share of each document's words by subject, subjects x documents."""
-        words = Words(joined)
+        words = WordRuns(joined)
         first_G, hash_G = words.ngram_hashes(1)
         shares = np.zeros((len(self.subjects), len(joined.texts)))
         for number, terms in enumerate(self.subjects.values()):

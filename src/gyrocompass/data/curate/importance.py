@@ -25,7 +25,7 @@ from gyrocompass.data.curate.content_file import ContentFile
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import ratio
-from gyrocompass.data.curate.word_runs import Words, hash_words
+from gyrocompass.data.curate.word_runs import WordRuns, hash_words
 
 _LONGEST = 2
 _CHUNK = 4096
@@ -67,7 +67,7 @@ class Importance(RecordStep):
 
 def features(joined: Joined, buckets: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The document and the bucket of each word and each pair of words."""
-    words = Words(joined)
+    words = WordRuns(joined)
     found = [words.ngram_hashes(n) for n in range(1, _LONGEST + 1)]
     row = np.concatenate([words.row_W[first_G] for first_G, _ in found])
     return row, np.concatenate([hash_G % np.uint64(buckets) for _, hash_G in found]).astype(np.int64)

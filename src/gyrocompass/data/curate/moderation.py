@@ -30,7 +30,7 @@ from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, by_document, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import ratio
-from gyrocompass.data.curate.word_runs import Words, hash_words, word_list
+from gyrocompass.data.curate.word_runs import WordRuns, hash_words, word_list
 
 TextScorer = Callable[[Sequence[str]], Sequence[float]]
 """One number for each text; higher is worse."""
@@ -113,7 +113,7 @@ class Moderation(RecordStep):
             MissingDependency: the package of a list is not installed.
         """
         joined = Joined.of(documents)
-        words = Words(joined)
+        words = WordRuns(joined)
         spans = by_document(joined, [span for name in self.lists for span in self._find(name, words)])
         columns: dict[str, pa.Array] = {"id": documents.column("id"), "spans": to_arrow(spans)}
         for name in self.lists:

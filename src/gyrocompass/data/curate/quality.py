@@ -28,7 +28,7 @@ from gyrocompass.data.curate.joined import Flags, Joined, is_any
 from gyrocompass.data.curate.rules import ANY_SLICE
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
-from gyrocompass.data.curate.word_runs import Words, hash_words
+from gyrocompass.data.curate.word_runs import WordRuns, hash_words
 
 STOP_WORDS = {
     "en": "the be to of and that have with",
@@ -226,7 +226,7 @@ def _stop_hashes(language: str) -> np.ndarray:  # type: ignore[type-arg]
 
 def _stop_words(joined: Joined, languages: list[str | None]) -> Float64Array:
     """How many different stop words of its language each document has."""
-    words = Words(joined)
+    words = WordRuns(joined)
     first_G, hash_G = words.ngram_hashes(1)
     known = np.array([language if language in STOP_WORDS else "en" for language in languages], dtype=object)
     counts = np.zeros(len(languages), np.float64)

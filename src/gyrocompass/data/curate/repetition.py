@@ -24,7 +24,7 @@ from pydantic import PositiveInt
 from gyrocompass.data.curate.joined import Int64Array, Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
-from gyrocompass.data.curate.word_runs import Hashes, Words, mix, prefix_hashes, range_hashes
+from gyrocompass.data.curate.word_runs import Hashes, WordRuns, mix, prefix_hashes, range_hashes
 
 
 @register
@@ -45,7 +45,7 @@ class Repetition(RecordStep):
         """The figures, as shares."""
         joined = Joined.of(documents)
         figures = self._lines(joined)
-        words = Words(joined)
+        words = WordRuns(joined)
         n_characters = np.bincount(words.row_W, words.length_W, len(joined.texts))
         for n in self.top:
             figures[f"top_{n}gram"] = ratio(_top(words, n), n_characters)
@@ -95,7 +95,7 @@ def _is_again(row: Int64Array, hashes: Hashes) -> np.ndarray:  # type: ignore[ty
     return again
 
 
-def _top(words: Words, n: int) -> Float64Array:
+def _top(words: WordRuns, n: int) -> Float64Array:
     """Characters of each document in its most frequent run of n words; 0 where none occurs twice.
 
     Of runs that are equally frequent the one with the most characters counts.
@@ -116,7 +116,7 @@ def _top(words: Words, n: int) -> Float64Array:
     return ((best >> 32) * (best & 0xFFFFFFFF)).astype(np.float64)
 
 
-def _again(words: Words, n: int) -> Float64Array:
+def _again(words: WordRuns, n: int) -> Float64Array:
     """Characters of each document in runs of n words that stood there before, each character once."""
     first_G, hash_G = words.ngram_hashes(n)
     again = first_G[_is_again(words.row_W[first_G], hash_G)]

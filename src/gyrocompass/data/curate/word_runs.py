@@ -1,20 +1,21 @@
-"""The words of a batch and hashes of any run of them, all at once.
+"""The words of a batch, where each stands, and hashes of any run of them, all at once.
 
-    Joined --Words--> start_W, end_W, row_W;  ngram_hashes(n) -> one uint64 for each run of n words
+    Joined --WordRuns--> start_W, end_W, row_W;  ngram_hashes(n) -> one uint64 for each run of n words
 
-A word is a run of letters and digits, in small letters; what stands between words does not count. The hash of
-a run is that of its words with one space between them, whatever stood there, so that it is the same in any
-layout and any batch:
+A word is a run of letters and digits in small letters, and each character of a script that is written without
+spaces is one by itself, as for duplicates (`words`). What stands between words does not count, so that the hash
+of a run of words is the same in any layout, at any place and in any batch:
 
-    h(c_0 ... c_m) = mix(sum of c_i B^i modulo 2^64)
+    word  h(c_0 ... c_m) = mix(sum of (c_i + 1) B^i)            run  h(w_0 ... w_n) = mix(sum of h(w_i) B^i)
 
-Sums over prefixes give the hash of every run in a few passes. Equal runs have equal hashes; different ones
-share one with a chance of about 2^-64 for texts that were not made to collide, and where a collision would
-matter the caller compares the words themselves.
+modulo 2^64. Sums over prefixes give the hash of every run in a few passes. Equal runs have equal hashes;
+different ones share one with a chance of about 2^-64 for texts that were not made to collide, and where a
+collision would matter the caller compares the words themselves.
 
-Left out: normal forms of Unicode. Ingestion has made texts NFC.
+This differs from `words` in what it keeps: there hashes alone, for speed; here the place of each word too. An
+underscore parts words here, because a benchmark's `snake_case` may be written in either way.
 
-Shape legend: N characters of the joined text, C of the compact one, W words, G runs of words, D documents.
+Shape legend: N characters of the joined text, W words, G runs of words, D documents.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gyrocompass.data.curate.joined import Flags, Int64Array, Joined, runs
+from gyrocompass.data.curate.joined import Flags, Int64Array, Joined
+from gyrocompass.data.curate.words import SPACELESS
 
 Hashes = NDArray[np.uint64]
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _PLANE = 0x10000
-_SPACE = 32
 
 
 @cache
@@ -62,7 +63,7 @@ def is_letter(joined: Joined) -> Flags:
     return flag_N
 
 
-class Words:
+class WordRuns:
     """The words of a batch.
 
     Args:
@@ -72,11 +73,20 @@ class Words:
     def __init__(self, joined: Joined) -> None:
         self.joined = joined
         letter_N = is_letter(joined)
-        self.start_W, self.end_W = runs(letter_N)
+        begins_N, ends_N = letter_N.copy(), letter_N.copy()
+        begins_N[1:] &= ~letter_N[:-1]
+        ends_N[:-1] &= ~letter_N[1:]
+        if not joined.text.isascii():
+            alone_N = letter_N & _is_spaceless(joined.point_N)
+            begins_N |= alone_N
+            ends_N |= alone_N
+            begins_N[1:] |= alone_N[:-1] & letter_N[1:]
+            ends_N[:-1] |= alone_N[1:] & letter_N[:-1]
+        self.start_W: Int64Array = np.flatnonzero(begins_N)
+        self.end_W: Int64Array = np.flatnonzero(ends_N) + 1
         """Where each word stands in the joined text."""
         self.row_W: Int64Array = joined.rows_of(self.start_W)
         self.length_W: Int64Array = self.end_W - self.start_W
-        self._letter_N = letter_N
 
     @cached_property
     def n_words_D(self) -> Int64Array:
@@ -84,47 +94,39 @@ class Words:
         return np.bincount(self.row_W, minlength=len(self.joined.texts))
 
     @cached_property
-    def _prefix_C(self) -> Hashes:
-        """Sums over prefixes of the compact text: small letters, and one space behind each word."""
+    def _word_sums(self) -> Hashes:
+        """Sums over the hashes of single words."""
         if self.joined.text.isascii():
             small_N = _lower_table()[self.joined.code_N]
         else:
             code_N = self.joined.point_N
             small_N = np.where(code_N < _PLANE, _lower_table()[np.minimum(code_N, _PLANE - 1)], code_N)
-        kept_N = self._letter_N.copy()
-        behind = self.end_W[self.end_W < len(kept_N)]
-        kept_N[behind] = True
-        small_N[behind] = _SPACE
-        return prefix_hashes(small_N[kept_N])
-
-    @cached_property
-    def _compact_start_W(self) -> Int64Array:
-        """Where each word starts in the compact text."""
-        return np.cumsum(self.length_W + 1) - self.length_W - 1
+        return prefix_hashes(range_hashes(prefix_hashes(small_N), self.start_W, self.end_W))
 
     def ngram_hashes(self, n: int) -> tuple[Int64Array, Hashes]:
         """The runs of n words that lie in one document: the first word of each, and its hash."""
         first_G = np.arange(max(len(self.start_W) - n + 1, 0))
         first_G = first_G[self.row_W[first_G] == self.row_W[first_G + n - 1]]
-        start_G = self._compact_start_W[first_G]
-        end_G = self._compact_start_W[first_G + n - 1] + self.length_W[first_G + n - 1]
-        return first_G, range_hashes(self._prefix_C, start_G, end_G)
+        return first_G, range_hashes(self._word_sums, first_G, first_G + n)
+
+
+def _is_spaceless(code_N: NDArray[np.uint32]) -> Flags:
+    """Whether each character belongs to a script that is written without spaces."""
+    edges = np.array([edge for low, high in sorted(SPACELESS) for edge in (low, high + 1)], np.uint32)
+    return np.asarray(np.searchsorted(edges, code_N, side="right") % 2 == 1)
 
 
 def prefix_hashes(code_N: NDArray[Any]) -> Hashes:
-    """Sums over prefixes for `range_hashes`: one more than there are characters."""
-    power_N = _powers(len(code_N))[0]
+    """Sums over prefixes for `range_hashes`: one more than there are numbers."""
     sums = np.zeros(len(code_N) + 1, np.uint64)
-    np.cumsum((code_N.astype(np.uint64) + np.uint64(1)) * power_N, out=sums[1:])
+    np.cumsum((code_N.astype(np.uint64) + np.uint64(1)) * _powers(len(code_N))[0], out=sums[1:])
     return sums
 
 
 def range_hashes(prefix: Hashes, start_G: Int64Array, end_G: Int64Array) -> Hashes:
-    """The hash of each range of characters, the same wherever it stands."""
-    inverse_N = _powers(len(prefix) - 1)[1]
-    if not len(start_G):
-        return np.zeros(0, np.uint64)
-    return mix((prefix[end_G] - prefix[start_G]) * inverse_N[np.minimum(start_G, len(inverse_N) - 1)])
+    """The hash of each range of numbers, the same wherever it stands."""
+    inverse_N = _powers(len(prefix))[1]
+    return mix((prefix[end_G] - prefix[start_G]) * inverse_N[start_G])
 
 
 def mix(hashes: Hashes) -> Hashes:
@@ -134,15 +136,15 @@ def mix(hashes: Hashes) -> Hashes:
     return hashes ^ (hashes >> np.uint64(31))
 
 
-def hash_words(words: str) -> int:
+def hash_words(text: str) -> int:
     """The hash of all of one text's words, as `ngram_hashes` gives it for as many.
 
     >>> hash_words("Hello,  World") == hash_words("hello world")
     True
     """
-    small = " ".join(word_list(words))
-    code_N = np.frombuffer(small.encode("utf-32-le"), np.uint32)
-    return int(range_hashes(prefix_hashes(code_N), np.array([0]), np.array([len(code_N)]))[0])
+    words = WordRuns(Joined([text]))
+    n = len(words.start_W)
+    return int(words.ngram_hashes(n)[1][0]) if n else 0
 
 
 def word_list(text: str) -> list[str]:
@@ -151,14 +153,15 @@ def word_list(text: str) -> list[str]:
     >>> word_list("It's 3 o'clock")
     ['it', 's', '3', 'o', 'clock']
     """
-    words = Words(Joined([text]))
+    words = WordRuns(Joined([text]))
     return [small_letters(text[s:e]) for s, e in zip(words.start_W.tolist(), words.end_W.tolist(), strict=True)]
 
 
 def small_letters(text: str) -> str:
     """A text in small letters, character by character: its length stays."""
     small = text.lower()
-    return small if len(small) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    is_plain = len(small) == len(text) and "σ" not in small and "ς" not in small
+    return small if is_plain else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 _POWERS: list[tuple[Hashes, Hashes]] = []
@@ -171,7 +174,7 @@ def _powers(n: int) -> tuple[Hashes, Hashes]:
         inverse = pow(_BASE, -1, 2**64)
         _POWERS[:] = [(_geometric(_BASE, size), _geometric(inverse, size))]
     power_N, inverse_N = _POWERS[0]
-    return power_N[:n], inverse_N[: max(n, 1)]
+    return power_N[:n], inverse_N[:n]
 
 
 def _geometric(base: int, n: int) -> Hashes:
