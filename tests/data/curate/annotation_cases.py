@@ -14,7 +14,9 @@ def library_texts(n: int) -> list[str]:
     """About n files of this interpreter's standard library, tests left out, evenly over their names."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
-    paths = sorted(path for path in folder.rglob("*.py") if left_out.isdisjoint(path.relative_to(folder).parts))
+    paths = sorted(
+        path for path in folder.rglob("*.py") if left_out.isdisjoint(path.relative_to(folder).parts)
+    )
     chosen = paths[:: max(len(paths) // n, 1)][:n]
     return [path.read_bytes().decode("utf-8", "replace") for path in chosen]
 

@@ -16,7 +16,10 @@ from gyrocompass.data.curate.decontaminate import Certificate, Decontamination
 from gyrocompass.data.curate.spans import from_arrow
 from gyrocompass.data.curate.word_runs import word_list
 
-LONG = "A farmer has seventeen sheep and all but nine of them run away, how many sheep does the farmer have left at home?"
+LONG = (
+    "A farmer has seventeen sheep and all but nine of them run away, "
+    "how many sheep does the farmer have left at home?"
+)
 SHORT = "Who painted the night watch?"
 TINY = "What is love?"
 ITEMS = [
@@ -35,7 +38,10 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Decontamination:
 
 def kinds(step: Decontamination, texts: list[str]) -> list[list[tuple[str, str]]]:
     spans = from_arrow(check_step(step, batch(texts))["spans"])
-    return [[(span.kind, text[span.start : span.end]) for span in found] for text, found in zip(texts, spans, strict=True)]
+    return [
+        [(span.kind, text[span.start : span.end]) for span in found]
+        for text, found in zip(texts, spans, strict=True)
+    ]
 
 
 def test_each_test_finds_what_it_is_for(step: Decontamination) -> None:
@@ -53,8 +59,8 @@ def test_each_test_finds_what_it_is_for(step: Decontamination) -> None:
     ]
     found = kinds(step, texts)
     assert [[kind for kind, _ in of_text] for of_text in found] == [
-        ["substring:riddles#0"], ["answer:riddles#0"], ["ngram:riddles#0"], ["substring:riddles#1"], ["answer:riddles#1"],
-        ["jaccard:riddles#0"], [], [], [],
+        ["substring:riddles#0"], ["answer:riddles#0"], ["ngram:riddles#0"], ["substring:riddles#1"],
+        ["answer:riddles#1"], ["jaccard:riddles#0"], [], [], [],
     ]  # fmt: skip
     assert found[0][0][1] == LONG.upper().rstrip("?") and found[1][0][1].endswith("Nine")
     assert found[2][0][1] == " ".join(halves[2:16]).rstrip(",")
@@ -73,7 +79,8 @@ def test_coverage_is_the_share_of_runs(step: Decontamination) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.lists(st.sampled_from([LONG, SHORT, "nine", "rembrandt van rijn", LONG[20:90], "x y z", "\0", "é", "\n"]), max_size=5)
+@given(st.lists(st.lists(st.sampled_from([LONG, SHORT, "nine", "rembrandt van rijn", LONG[20:90], "x y z",
+"\0", "é", "\n"]), max_size=5)
                 .map(" ".join), max_size=4))  # fmt: skip
 def test_documents_do_not_see_each_other(step: Decontamination, texts: list[str]) -> None:
     check_step(step, batch(texts))
@@ -85,14 +92,21 @@ def plain_hits(text: str) -> set[str]:
     found = set()
     for number, item in enumerate(ITEMS):
         question = word_list(item["question"])
-        runs = [question[i : i + 13] for i in range(len(question) - 12)] or ([question] if len(question) >= 5 else [])
+        runs = [question[i : i + 13] for i in range(len(question) - 12)] or (
+            [question] if len(question) >= 5 else []
+        )
         if any(" ".join(["", *run, ""]) in words for run in runs):
             found.add(f"riddles#{number}")
     return found
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.sampled_from([*LONG.split(), *SHORT.split(), LONG, SHORT, "a farmer has seventeen sheep"]), max_size=40))
+@given(
+    st.lists(
+        st.sampled_from([*LONG.split(), *SHORT.split(), LONG, SHORT, "a farmer has seventeen sheep"]),
+        max_size=40,
+    )
+)
 def test_exact_hits_are_those_of_the_reference(step: Decontamination, pieces: list[str]) -> None:
     text = " ".join(pieces)
     spans = from_arrow(step.model_copy(update={"jaccard": None}).annotate(batch([text]))["spans"])[0]
@@ -116,8 +130,13 @@ def test_planted_items_are_found_in_real_files_and_nothing_else_is(tmp_path: Pat
         texts[row] = f"{texts[row]}\n# {'  '.join(words).title()}.\n"
         planted[row] = number
     rows = step.annotate(batch(texts)).to_pylist()
-    found = {row: {span["kind"].partition("#")[2] for span in document["spans"]} for row, document in enumerate(rows)}
-    assert {row: {str(number)} for row, number in planted.items()} == {row: hits for row, hits in found.items() if hits}
+    found = {
+        row: {span["kind"].partition("#")[2] for span in document["spans"]}
+        for row, document in enumerate(rows)
+    }
+    assert {row: {str(number)} for row, number in planted.items()} == {
+        row: hits for row, hits in found.items() if hits
+    }
 
 
 def test_a_certificate_says_what_was_checked_and_what_hit(step: Decontamination) -> None:
@@ -156,10 +175,13 @@ def test_a_changed_benchmark_is_another_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
-    [("a.jsonl", '{"question": "x"}\n{', "not JSON"), ("a.jsonl", '{"q": 1}', "no field question"), ("a.json", "{}", "a list"),
+    [("a.jsonl", '{"question": "x"}\n{', "not JSON"), ("a.jsonl", '{"q": 1}', "no field question"), ("a.json",
+     "{}", "a list"),
      ("a.txt", "\n", "no items"), ("a.jsonl", '[1]', "no field"), ("a.txt", b"\xff\xfe", "cannot be read")],
 )  # fmt: skip
-def test_a_benchmark_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: Any, reason: str) -> None:
+def test_a_benchmark_that_cannot_be_read_says_where(
+    tmp_path: Path, name: str, content: Any, reason: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     step = Decontamination(benchmarks=(Benchmark(name="b", path=path),))

@@ -32,7 +32,9 @@ def test_sentences_in_eleven_languages() -> None:
 
 def test_long_texts_are_sampled_and_code_is_skipped() -> None:
     long = SENTENCES["de"] + SENTENCES["fr"] * 3000
-    rows = Language(sample_characters=300).annotate(batch([long, "x = 1", "y"], slice=["prose", "code/tests", "codex"]))
+    rows = Language(sample_characters=300).annotate(
+        batch([long, "x = 1", "y"], slice=["prose", "code/tests", "codex"])
+    )
     assert rows["label"].to_pylist()[:2] == ["fr", None] and rows["label"][2].as_py() is not None
 
 
@@ -51,10 +53,12 @@ def test_a_model_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 SNIPPETS = {
-    "python": "import os\n\n\ndef f(x):\n    if x:\n        return os.path.join(x)\n\n\nclass A(B):\n    pass\n",
+    "python": "import os\n\n\ndef f(x):\n    if x:\n        return os.path.join(x)\n\n\nclass A(B):\n    "
+    "pass\n",
     "go": 'package main\n\nimport (\n\t"fmt"\n)\n\nfunc main() {\n\tx := 1\n\tfmt.Println(x)\n}\n',
-    "rust": "use std::io;\n\npub fn main() {\n    let mut x = 1;\n    println!(\"{}\", x);\n}\n",
-    "java": "package a.b;\n\nimport java.util.List;\n\npublic class A {\n    @Override\n    public void f() {}\n}\n",
+    "rust": 'use std::io;\n\npub fn main() {\n    let mut x = 1;\n    println!("{}", x);\n}\n',
+    "java": "package a.b;\n\nimport java.util.List;\n\npublic class A {\n    @Override\n    public void "
+    "f() {}\n}\n",
     "shell": 'if [ -z "$X" ]; then\n  echo "no"\nfi\nfor f in *.txt; do\n  cat ${f%.txt}\ndone\n',
     "sql": "CREATE TABLE a (b INT);\nINSERT INTO a VALUES (1);\nSELECT b FROM a WHERE b > 0;\n",
     "latex": "\\documentclass{article}\n\\usepackage{x}\n\\begin{document}\n\\section{A}\n\\end{document}\n",
@@ -68,8 +72,9 @@ def test_code_without_a_name_is_known_by_its_constructs(label: str) -> None:
     assert found == label and 0 < score < 0.9
 
 
-@pytest.mark.parametrize(("path", "label"), [("a/b.RS", "rust"), ("x/Makefile", "make"), ("Dockerfile", "dockerfile"),
-                                            ("a.h", "c"), ("man/ls.1", "roff")])  # fmt: skip
+@pytest.mark.parametrize(("path", "label"), [("a/b.RS", "rust"), ("x/Makefile", "make"),
+                                             ("Dockerfile", "dockerfile"), ("a.h", "c"),
+                                             ("man/ls.1", "roff")])  # fmt: skip
 def test_names_decide(path: str, label: str) -> None:
     assert identify(path, "") == (label, 0.95)
     assert identify("a.h", "namespace a {\nstd::string b;\n}") == ("c++", 0.95)
@@ -89,7 +94,12 @@ def test_files_of_the_library_are_python_without_their_names() -> None:
 
 def test_sites_and_subjects() -> None:
     documents = batch(
-        ["The court heard the plaintiff and the defendant.", "Mix flour, butter and sugar, and bake.", "Nothing much.", ""],
+        [
+            "The court heard the plaintiff and the defendant.",
+            "Mix flour, butter and sugar, and bake.",
+            "Nothing much.",
+            "",
+        ],
         path=["https://www.example.co.uk/a", "b.txt", "http://10.0.0.1/", "c"],
         source=["web", "https://kitchen.example.org/", "web", "web"],
     )

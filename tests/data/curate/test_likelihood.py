@@ -44,7 +44,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_uniform_score_has_eight_bits_per_byte() -> None:
     rows = check_step(Likelihood(score="uniform", reference="jumpy"), batch(["abc", "é", ""])).to_pylist()
     assert [row["bits_per_byte"] for row in rows] == [pytest.approx(8), pytest.approx(8), None]
-    assert rows[0]["perplexity"] == pytest.approx(256) and rows[0]["nll_nats"] == pytest.approx(3 * math.log(256))
+    assert rows[0]["perplexity"] == pytest.approx(256) and rows[0]["nll_nats"] == pytest.approx(
+        3 * math.log(256)
+    )
     assert rows[0]["difference"] == pytest.approx(8 - 2.5 / 3 / math.log(2))
     assert rows[2]["difference"] is None and rows[2]["n_tokens"] == 0
 
@@ -52,7 +54,10 @@ def test_a_uniform_score_has_eight_bits_per_byte() -> None:
 def test_surprising_tokens_are_marked_in_characters() -> None:
     texts = ["abzdé", "a中b", "ééz"]
     rows = check_step(Likelihood(score="jumpy"), batch(texts))
-    marked = [[text[span.start : span.end] for span in spans] for text, spans in zip(texts, from_arrow(rows["spans"]), strict=True)]
+    marked = [
+        [text[span.start : span.end] for span in spans]
+        for text, spans in zip(texts, from_arrow(rows["spans"]), strict=True)
+    ]
     assert marked == [["zd"], ["a中"], ["z"]] or marked == [["zd"], ["中"], ["z"]]
     assert rows["surprising"].to_pylist()[0] == pytest.approx(1 / 4)
 
@@ -83,8 +88,12 @@ def test_names_of_scores_are_checked(tmp_path: Path) -> None:
             Likelihood(score=f"ngram:{tmp_path / name}").annotate(batch(["x"]))
 
 
-def bands(step: LikelihoodBands, values: list[float | None], slices: list[str], order: list[int]) -> dict[str, dict[str, object]]:
-    documents = batch(["x"] * len(values), slice=slices).append_column(step.column, pa.array(values, pa.float64()))
+def bands(
+    step: LikelihoodBands, values: list[float | None], slices: list[str], order: list[int]
+) -> dict[str, dict[str, object]]:
+    documents = batch(["x"] * len(values), slice=slices).append_column(
+        step.column, pa.array(values, pa.float64())
+    )
     documents = documents.take(pa.array(order, pa.int64()))
     parts = [documents.slice(i, 2) for i in range(0, len(values), 2)]
     resolved = step.resolve(iter([step.signatures(part) for part in parts]), MemoryCorpus(parts))
@@ -96,11 +105,17 @@ def test_bands_are_of_each_slice_and_do_not_depend_on_order() -> None:
     slices = ["a"] * 3 + ["b"] * 3 + ["a", "c"]
     rows = bands(LikelihoodBands(), values, slices, list(range(8)))
     assert [row["band"] for row in rows.values()] == ["head", "middle", "tail"] * 2 + [None, "middle"]
-    assert [row["percentile"] for row in rows.values()][:3] == [pytest.approx(x) for x in (1 / 6, 1 / 2, 5 / 6)]
-    assert [*rows.values()][2]["robust_z"] == pytest.approx(1 / 1.4826) and [*rows.values()][7]["robust_z"] is None
+    assert [row["percentile"] for row in rows.values()][:3] == [
+        pytest.approx(x) for x in (1 / 6, 1 / 2, 5 / 6)
+    ]
+    assert [*rows.values()][2]["robust_z"] == pytest.approx(1 / 1.4826) and [*rows.values()][7][
+        "robust_z"
+    ] is None
     order = random.Random(1).sample(range(8), 8)
     assert bands(LikelihoodBands(), values, slices, order) == rows
-    nothing = LikelihoodBands().signatures(batch([]).append_column("likelihood.bits_per_byte", pa.array([], pa.float64())))
+    nothing = LikelihoodBands().signatures(
+        batch([]).append_column("likelihood.bits_per_byte", pa.array([], pa.float64()))
+    )
     assert LikelihoodBands().resolve(iter([nothing]), MemoryCorpus([batch([])])).num_rows == 0
 
 
@@ -111,15 +126,23 @@ def test_cuts_that_do_not_fit_are_refused() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.text(alphabet="abé", max_size=12), max_size=4), st.text(alphabet="abé中", max_size=6), st.integers(1, 4))
-def test_the_model_of_runs_is_a_distribution_at_every_place(texts: list[str], context: str, order: int) -> None:
+@given(
+    st.lists(st.text(alphabet="abé", max_size=12), max_size=4),
+    st.text(alphabet="abé中", max_size=6),
+    st.integers(1, 4),
+)
+def test_the_model_of_runs_is_a_distribution_at_every_place(
+    texts: list[str], context: str, order: int
+) -> None:
     model = NgramModel.fit(texts, order=order, smoothing=1.5)
     prefix = context.encode("utf-8")
     total = 0.0
     for byte in range(128):  # what is valid alone; the others are summed by the counts of the reference
         (scores,) = model.score([(prefix + bytes([byte])).decode("utf-8")])
         total += math.exp(scores.logprob_N[-1])
-        assert math.exp(scores.logprob_N[-1]) == pytest.approx(plain_probability(texts, prefix, byte, order, 1.5))
+        assert math.exp(scores.logprob_N[-1]) == pytest.approx(
+            plain_probability(texts, prefix, byte, order, 1.5)
+        )
     rest = sum(plain_probability(texts, prefix, byte, order, 1.5) for byte in range(128, 256))
     assert total + rest == pytest.approx(1)
 
@@ -139,11 +162,15 @@ def plain_probability(texts: list[str], prefix: bytes, byte: int, order: int, sm
 
 def test_code_is_likelier_under_a_model_of_code(tmp_path: Path) -> None:
     texts = [text for text in library_texts(60) if len(text) > 3000]
-    prose = ["It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 5]
+    prose = [
+        "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 5
+    ]
     NgramModel.fit(texts[:20], order=5).save(tmp_path / "code.npz")
     NgramModel.fit(prose, order=5).save(tmp_path / "prose.npz")
     step = Likelihood(score=f"ngram:{tmp_path / 'code.npz'}", reference=f"ngram:{tmp_path / 'prose.npz'}")
-    rows = step.annotate(batch([*(text[:3000] for text in texts[20:30]), "The night was dark and the rain fell. "])).to_pylist()
+    rows = step.annotate(
+        batch([*(text[:3000] for text in texts[20:30]), "The night was dark and the rain fell. "])
+    ).to_pylist()
     assert np.mean([row["bits_per_byte"] for row in rows[:-1]]) < 4
     assert all(row["difference"] < -0.5 for row in rows[:-1])
     assert rows[-1]["difference"] > 0
@@ -156,7 +183,9 @@ def files(tmp_path: Path, target: str, raw: str) -> Importance:
 
 
 def test_importance_is_of_what_the_target_has_more_of(tmp_path: Path) -> None:
-    step = files(tmp_path, "the court ruled\nthe judge ruled\n" * 50, "the cat sat\nthe court ruled\na dog ran\n" * 50)
+    step = files(
+        tmp_path, "the court ruled\nthe judge ruled\n" * 50, "the cat sat\nthe court ruled\na dog ran\n" * 50
+    )
     rows = check_step(step, batch(["the judge ruled", "a cat ran", "the the the", ""])).to_pylist()
     weights = [row["log_weight"] for row in rows]
     assert weights[0] > 0 > weights[1] and weights[3] == 0

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from curate.annotation_cases import batch, check_step
 from hypothesis import given, settings
@@ -10,8 +12,10 @@ from gyrocompass.data.curate.personal import PersonalData, find_in
 from gyrocompass.data.curate.spans import Span, disjoint, from_arrow, replace, to_arrow
 
 PIECES = st.sampled_from(
-    ["a@b.org ", "+49 30 901820", "8.8.8.8", "DE89370400440532013000", "4111 1111 1111 1111", "x", " ", "\n", "\0",
-     "é", "€", "12 Church Road", "7", "-", ".", "::", "2a01:4f8::1", "123-45-6789", "(at)", "@", "+", "(", "\ud800"]
+    ["a@b.org ", "+49 30 901820", "8.8.8.8", "DE89370400440532013000", "4111 1111 1111 1111", "x", " ", "\n",
+     "\0",
+     "é", "€", "12 Church Road", "7", "-", ".", "::", "2a01:4f8::1", "123-45-6789", "(at)", "@", "+", "(",
+     "\ud800"]
 )  # fmt: skip
 
 
@@ -45,8 +49,10 @@ def test_a_form_is_found_whole(text: str, expected: list[tuple[str, str]]) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["version 1.2.3.4", "192.168.1.1", "a[1::2]", "std::dec", "12:30:45", "git@github.com:a/b.git", "x@example.org",
-     "https://user:secret@host.de/", "@property.setter", "a@b.weight", "4111 1111 1111 1112", "DE89370400440532013001",
+    ["version 1.2.3.4", "192.168.1.1", "a[1::2]", "std::dec", "12:30:45", "git@github.com:a/b.git",
+     "x@example.org",
+     "https://user:secret@host.de/", "@property.setter", "a@b.weight", "4111 1111 1111 1112",
+     "DE89370400440532013001",
      "Spring 2020", "Decimal('+35236450.6')", "1.2.840.10045.3.1", "2026-11-26 06:20:54", "85010112345"],
 )  # fmt: skip
 def test_what_only_looks_alike_is_not_counted(text: str) -> None:
@@ -57,9 +63,11 @@ def test_what_only_looks_alike_is_not_counted(text: str) -> None:
     ("country", "published"),
     [
         ("fr", "255081416802538"), ("es", "12345678Z"), ("es", "X1234567L"), ("it", "RSSMRA85T10A562S"),
-        ("fi", "131052-308T"), ("ch", "756.9217.0769.85"), ("be", "85.07.30-033.28"), ("br", "529.982.247-25"),
+        ("fi", "131052-308T"), ("ch", "756.9217.0769.85"), ("be", "85.07.30-033.28"), ("br",
+        "529.982.247-25"),
         ("se", "811218-9876"), ("cn", "11010519491231002X"), ("de", "36574261809"), ("pl", "44051401359"),
-        ("nl", "111222333"), ("ca", "046 454 286"), ("tr", "10000000146"), ("in", "2345 6789 0124"), ("au", "123 456 782"),
+        ("nl", "111222333"), ("ca", "046 454 286"), ("tr", "10000000146"), ("in", "2345 6789 0124"), ("au",
+        "123 456 782"),
         ("gb", "AB123456C"), ("us", "219-09-9999"),
     ],
 )  # fmt: skip
@@ -104,7 +112,7 @@ def test_documents_do_not_see_each_other(texts: list[str]) -> None:
     rows = check_step(PersonalData(), batch(texts))
     for text, spans in zip(texts, from_arrow(rows["spans"]), strict=True):
         assert spans == sorted(spans)
-        assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a.end <= b.start for a, b in pairwise(spans))
         assert all(0 <= span.start < span.end <= len(text) for span in spans)
 
 
@@ -149,7 +157,7 @@ def test_overlaps_are_resolved_for_the_surer_and_nothing_else_is_lost(
 ) -> None:
     spans = [Span(start, start + length, "x", score) for start, length, score in drawn]
     kept = disjoint(spans)
-    assert all(a.end <= b.start for a, b in zip(kept, kept[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(kept))
     for span in spans:
         rivals = [other for other in kept if other.start < span.end and span.start < other.end]
         assert rivals and max(other.score for other in rivals) >= span.score

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from gyrocompass.data.curate.quality import CODE, Bounds, Quality
 from gyrocompass.data.curate.repetition import Repetition
 
-PIECES = ["the ", "be ", "word ", "Ünï ", "中 ", "1 ", "\n", "\n\n", "...", "…", "• ", "* ", "- ", "#", ".", "!", "  ", "\xa0", "\t",
-          "same line again\n", "a b c d e f "]  # fmt: skip
+PIECES = ["the ", "be ", "word ", "Ünï ", "中 ", "1 ", "\n", "\n\n", "...", "…", "• ", "* ", "- ", "#", ".",
+          "!", "  ", "\xa0", "\t", "same line again\n", "a b c d e f "]  # fmt: skip
 TEXTS = st.lists(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), min_size=1, max_size=4)
 WHITE = r"[ \t\n\r\x0b\x0c\x00\x85\xa0]"
 

@@ -1,12 +1,12 @@
 """The items of benchmarks that a model will be tested on, and what of them can be found in a text.
 
-    JSONL, JSON or text file --read_items--> Item(question words, answer words) --Index--> hashes of runs of words
+    a file --read_items--> Item(question words, answer words) --Index--> hashes of runs of words
 
 Each item is its question and, where the file has one, its answer. Files are JSONL or JSON lists of objects,
 whose fields the config names, or text with one item a line.
 
-An item of at least `ngram` words is looked for by its runs of that many words; a shorter one as a whole, if it
-has at least `shortest` words. What is shorter still cannot be told from chance and is listed as unchecked.
+An item of at least `ngram` words is looked for by its runs of that many words; a shorter one as a whole, if
+it has at least `shortest` words. What is shorter still cannot be told from chance and is listed as unchecked.
 
 Shape legend: H hashes, sorted; P postings of hashes to items.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.content_file import ContentFile
 from gyrocompass.data.curate.joined import Int64Array, Joined

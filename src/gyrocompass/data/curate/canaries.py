@@ -1,10 +1,11 @@
 """Canaries: texts with personal data and secrets whose places are known, to measure what finders find.
 
-    seed, slice, kinds --plant--> Planted(text, truth)       --measure(find)--> Found by kind: recall, precision
+    seed, kinds --plant--> Planted(text, truth) --measure(find)--> Found by slice and kind: recall, precision
 
-Values are drawn, with check digits that are right, in the forms that people write; around them stand sentences,
-code or chat, and among them decoys: what looks alike and is not (versions, dates, ISBNs, hashes, slices of
-lists, numbers whose check digits are wrong). Carriers hold nothing else that a finder could rightly find.
+Values are drawn, with check digits that are right, in the forms that people write; around them stand
+sentences, code or chat, and among them decoys: what looks alike and is not (versions, dates, ISBNs, hashes,
+slices of lists, numbers whose check digits are wrong). Carriers hold nothing else that a finder could rightly
+find.
 
 A planted value counts as found where a span of its kind covers at least half of it. A span that counts for
 nothing planted is a false one, whatever its kind says.

@@ -17,11 +17,57 @@ from gyrocompass.data.curate.national_ids import NATIONAL_IDS, normal
 from gyrocompass.data.curate.personal import find_in
 from gyrocompass.data.curate.personal_numbers import is_card
 
-_FIRST = "anna bogdan chloe dmitri elif farid greta hiro ines jorge kwame lena mateo nadia olu petra".split()
-_LAST = "Abel Brandt Costa Dupont Eriksen Fontaine Garcia Huber Ivanova Jansen Kowalski Lindqvist Moreau Nagy".split()
-_HOSTS = "gmail.com posteo.de orange.fr uni-graz.at mail.ru bbc.co.uk proton.me firma-huber.ch sapo.pt acme.io".split()
-_STREETS = "Maple Oak Washington Church Mill Victoria Station Highland Cedar Elm".split()
-_TOWNS = {"en": "Springfield Portland Dayton Albany Reno".split(), "de": "Berlin Hamburg Kassel Ulm".split()}
+_FIRST = [
+    "anna",
+    "bogdan",
+    "chloe",
+    "dmitri",
+    "elif",
+    "farid",
+    "greta",
+    "hiro",
+    "ines",
+    "jorge",
+    "kwame",
+    "lena",
+    "mateo",
+    "nadia",
+    "olu",
+    "petra",
+]
+_LAST = [
+    "Abel",
+    "Brandt",
+    "Costa",
+    "Dupont",
+    "Eriksen",
+    "Fontaine",
+    "Garcia",
+    "Huber",
+    "Ivanova",
+    "Jansen",
+    "Kowalski",
+    "Lindqvist",
+    "Moreau",
+    "Nagy",
+]
+_HOSTS = [
+    "gmail.com",
+    "posteo.de",
+    "orange.fr",
+    "uni-graz.at",
+    "mail.ru",
+    "bbc.co.uk",
+    "proton.me",
+    "firma-huber.ch",
+    "sapo.pt",
+    "acme.io",
+]
+_STREETS = ["Maple", "Oak", "Washington", "Church", "Mill", "Victoria", "Station", "Highland", "Cedar", "Elm"]
+_TOWNS = {
+    "en": ["Springfield", "Portland", "Dayton", "Albany", "Reno"],
+    "de": ["Berlin", "Hamburg", "Kassel", "Ulm"],
+}
 
 
 def _digits(chance: random.Random, n: int) -> str:
@@ -83,7 +129,8 @@ def ip(chance: random.Random) -> str:
 def iban(chance: random.Random) -> str:
     """An account number of one of eight countries, in one piece or in fours."""
     country, form = chance.choice(
-        [("DE", "n" * 18), ("GB", "aaaa" + "n" * 14), ("FR", "n" * 10 + "c" * 11 + "nn"), ("NL", "aaaa" + "n" * 10),
+        [("DE", "n" * 18), ("GB", "aaaa" + "n" * 14), ("FR", "n" * 10 + "c" * 11 + "nn"), ("NL",
+         "aaaa" + "n" * 10),
          ("ES", "n" * 20), ("IT", "a" + "n" * 10 + "c" * 12), ("CH", "n" * 5 + "c" * 12), ("NO", "n" * 11)]
     )  # fmt: skip
     alphabet = {"n": string.digits, "a": string.ascii_uppercase, "c": string.digits + string.ascii_uppercase}
@@ -148,12 +195,16 @@ def address(chance: random.Random) -> str:
     number, street = chance.randint(1, 1999), chance.choice(_STREETS)
     return chance.choice(
         [
-            f"{number} {street} {chance.choice(['Street', 'Ave', 'Road', 'Lane'])}, {chance.choice(_TOWNS['en'])}, "
+            f"{number} {street} {chance.choice(['Street', 'Ave', 'Road', 'Lane'])}, "
+            f"{chance.choice(_TOWNS['en'])}, "
             f"{chance.choice(['OR', 'OH', 'NY'])} 9{_digits(chance, 4)}",
             f"{number % 200} {street} {chance.choice(['Street', 'Road', 'Close'])}",
-            f"{chance.choice(['Haupt', 'Garten', 'Bahnhof'])}straße {number % 99 + 1}, 1{_digits(chance, 4)} {chance.choice(_TOWNS['de'])}",
-            f"{number % 150 + 1} rue de {chance.choice(['Rivoli', 'Lyon', 'Bretagne'])}, 75{_digits(chance, 3)} Paris",
-            f"Calle {chance.choice(['Mayor', 'Goya', 'Serrano'])} {number % 99 + 1}, 28{_digits(chance, 3)} Madrid",
+            f"{chance.choice(['Haupt', 'Garten', 'Bahnhof'])}straße {number % 99 + 1}, "
+            f"1{_digits(chance, 4)} {chance.choice(_TOWNS['de'])}",
+            f"{number % 150 + 1} rue de {chance.choice(['Rivoli', 'Lyon', 'Bretagne'])}, "
+            f"75{_digits(chance, 3)} Paris",
+            f"Calle {chance.choice(['Mayor', 'Goya', 'Serrano'])} {number % 99 + 1}, "
+            f"28{_digits(chance, 3)} Madrid",
         ]
     )
 
@@ -173,7 +224,8 @@ DECOYS: tuple[Draw, ...] = (
     lambda c: f"version {c.randint(0, 9)}.{c.randint(0, 30)}.{c.randint(0, 99)}.{c.randint(0, 255)}",
     lambda c: f"{c.choice(['192.168', '10.0', '127.0'])}.{c.randint(0, 9)}.1",
     lambda c: (
-        f"{c.randint(1950, 2030)}-{c.randint(10, 12)}-{c.randint(10, 28)} {c.randint(10, 23)}:{c.randint(10, 59)}:00"
+        f"{c.randint(1950, 2030)}-{c.randint(10, 12)}-{c.randint(10, 28)} "
+        f"{c.randint(10, 23)}:{c.randint(10, 59)}:00"
     ),
     lambda c: f"{c.randint(1, 12)}/{c.randint(1, 28)}/{c.randint(1950, 2030)}",
     lambda c: hashlib.sha1(c.randbytes(4)).hexdigest(),

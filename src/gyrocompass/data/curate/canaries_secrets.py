@@ -110,7 +110,10 @@ DECOYS: tuple[Draw, ...] = (
 
 
 def measured(engine: SecretEngine = "builtin", seed: int = 0, n: int = 300) -> dict[tuple[str, str], Found]:
-    """Recall and precision on planted texts, `n` of each slice; of other engines' kinds only the places count."""
+    """Recall and precision on planted texts, `n` of each slice.
+
+    Other engines have names of their own for kinds, so that only the places of what they find count.
+    """
 
     def find(text: str) -> Sequence[Span]:
         return [span._replace(kind="secret") for span in find_in(text, engine)]

@@ -1,7 +1,7 @@
 """Files that a step's config names: their content is part of the config.
 
-Two configs that name one file before and after a change differ by its hash, so that annotations that were made
-with the old content are not taken for those of the new.
+Two configs that name one file before and after a change differ by its hash, so that annotations that were
+made with the old content are not taken for those of the new.
 """
 
 from __future__ import annotations

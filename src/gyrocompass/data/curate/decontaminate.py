@@ -1,6 +1,6 @@
 """Decontamination: which documents hold items of the benchmarks that a model will be tested on.
 
-    documents, benchmarks --Decontamination--> spans [(start, end, "substring:gsm8k#17", 1.0)], contaminated, coverage
+    documents, benchmarks --Decontamination--> spans [(start, end, "substring:gsm8k#17", 1.0)]
     annotations           --Certificate------> what was checked, how, and what hit
 
 Four tests, all on words in small letters whatever stands between them:
@@ -112,7 +112,7 @@ class Decontamination(RecordStep):
             }
         )
 
-    def _hits(self, words: Words) -> Iterator[_Hit]:
+    def _hits(self, words: WordRuns) -> Iterator[_Hit]:
         """The surest hit of each item in each document."""
         index = _index(self)
         best: dict[tuple[int, int], _Hit] = {}
@@ -131,7 +131,10 @@ class Decontamination(RecordStep):
         place, posting = postings.find(hash_G)
         found: dict[tuple[int, int], dict[int, int]] = {}
         for first, item, offset in zip(
-            first_G[place].tolist(), postings.item_P[posting].tolist(), postings.offset_P[posting].tolist(), strict=True
+            first_G[place].tolist(),
+            postings.item_P[posting].tolist(),
+            postings.offset_P[posting].tolist(),
+            strict=True,
         ):
             if _words_at(words, first, first + n) == index.items[item].question[offset : offset + n]:
                 found.setdefault((int(words.row_W[first]), item), {}).setdefault(offset, first)
@@ -149,11 +152,17 @@ class Decontamination(RecordStep):
     def _whole(self, words: WordRuns, item: Item, number: int, first: int) -> _Hit | None:
         """The hit of a question that stands there in one piece, with its answer if that follows."""
         row, end = int(words.row_W[first]), first + len(item.question)
-        if end > len(words.row_W) or words.row_W[end - 1] != row or _words_at(words, first, end) != item.question:
+        if (
+            end > len(words.row_W)
+            or words.row_W[end - 1] != row
+            or _words_at(words, first, end) != item.question
+        ):
             return None
         if item.answer:
             limit = min(end + self.answer_window + len(item.answer), len(words.row_W))
-            inside = [word for at, word in enumerate(_words_at(words, end, limit), end) if words.row_W[at] == row]
+            inside = [
+                word for at, word in enumerate(_words_at(words, end, limit), end) if words.row_W[at] == row
+            ]
             n = len(item.answer)
             for place in range(len(inside) - n + 1):
                 if tuple(inside[place : place + n]) == item.answer:
@@ -170,7 +179,9 @@ class Decontamination(RecordStep):
         start_H = first_G[place] - postings.offset_P[posting]
         order = np.lexsort((start_H, item_H, row_H))
         keys = np.stack([row_H[order], item_H[order], start_H[order] // 4])
-        is_first = np.any(np.diff(keys, axis=1, prepend=-1) != 0, axis=0) if keys.size else np.zeros(0, np.bool_)
+        is_first = (
+            np.any(np.diff(keys, axis=1, prepend=-1) != 0, axis=0) if keys.size else np.zeros(0, np.bool_)
+        )
         bounds = np.concatenate([[0], np.cumsum(words.n_words_D)])
         votes = Counter(zip(row_H.tolist(), item_H.tolist(), strict=True))
         for at in order[is_first].tolist():
@@ -188,7 +199,11 @@ class Decontamination(RecordStep):
 
 def _keep_best(best: dict[tuple[int, int], _Hit], hit: _Hit) -> None:
     known = best.get((hit.row, hit.item))
-    if known is None or (HOW.index(hit.how), -hit.score, hit.first) < (HOW.index(known.how), -known.score, known.first):
+    if known is None or (HOW.index(hit.how), -hit.score, hit.first) < (
+        HOW.index(known.how),
+        -known.score,
+        known.first,
+    ):
         best[hit.row, hit.item] = hit
 
 
@@ -253,9 +268,9 @@ class Certificate:
         """The certificate.
 
         Returns:
-            `settings`; for each benchmark its file's hash, how many items there are, by which test they could be
-            found, which were not looked for, and which were found, in which documents, by which test; how many
-            documents were checked and hit. The same documents give the same certificate in any order.
+            `settings`; for each benchmark its file's hash, how many items there are, by which test they could
+            be found, which were not looked for, and which were found, in which documents, by which test; how
+            many documents were checked and hit. The same documents give the same certificate in any order.
         """
         index = _index(self.step)
         return {
@@ -280,7 +295,10 @@ class Certificate:
         return {
             "name": benchmark.name,
             "sha256": benchmark.sha256,
-            "items": {"all": len(items), **{name: sizes[name] for name in ("by_ngram", "whole", "unchecked")}},
+            "items": {
+                "all": len(items),
+                **{name: sizes[name] for name in ("by_ngram", "whole", "unchecked")},
+            },
             "unchecked": [item.number for item in items if len(item.question) < self.step.shortest],
             "hit_items": len(found),
             "by_test": dict(sorted(Counter(how for hits in found.values() for how in hits).items())),

@@ -2,10 +2,10 @@
 
     path, source, text --Domain--> host "en.example.org", site "example.org", subject "law", score
 
-The site is the part of a host that somebody registered: the last two labels, or three where the second last is
-one of the general ones (`co.uk`). The subject is the one whose terms make up most of the words, if they are at
-least `minimum_share` of them; terms come with the config, and the default lists are English and small: they
-sort documents for a first look. Topics that the data itself has are found by clustering instead.
+The site is the part of a host that somebody registered: the last two labels, or three where the second last
+is one of the general ones (`co.uk`). The subject is the one whose terms make up most of the words, if they
+are at least `minimum_share` of them; terms come with the config, and the default lists are English and small:
+they sort documents for a first look. Topics that the data itself has are found by clustering instead.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from pydantic import Field, field_validator
 
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
+from gyrocompass.data.curate.text_shape import Float64Array
 from gyrocompass.data.curate.word_runs import WordRuns, hash_words
 
-SUBJECTS: Mapping[str, tuple[str, ...]] = {
-    "law": tuple("court plaintiff defendant statute contract liability judge appeal clause jurisdiction tort".split()),
-    "medicine": tuple("patient clinical disease treatment therapy diagnosis symptom dose hospital surgery infection".split()),
-    "finance": tuple("market investor equity bond dividend asset loan bank revenue inflation portfolio tax".split()),
-    "computing": tuple("function class module return argument string file server code python object method thread".split()),
-    "mathematics": tuple("theorem proof lemma integer matrix equation finite polynomial convergence algebra".split()),
-    "biology": tuple("cell protein gene species enzyme dna organism membrane evolution bacteria tissue".split()),
-    "physics": tuple("energy particle quantum electron momentum field relativity photon velocity gravity".split()),
-    "history": tuple("century empire king war treaty emperor dynasty revolution colony parliament".split()),
-    "cooking": tuple("tablespoon teaspoon flour butter sugar oven recipe garlic onion simmer bake".split()),
-    "sport": tuple("match goal league championship coach tournament player team season score".split()),
-}  # fmt: skip
+_SUBJECTS = {
+    "law": "court plaintiff defendant statute contract liability judge appeal clause jurisdiction tort",
+    "medicine": "patient clinical disease treatment therapy diagnosis symptom dose hospital surgery "
+    "infection",
+    "finance": "market investor equity bond dividend asset loan bank revenue inflation portfolio tax",
+    "computing": "function class module return argument string file server code python object method thread",
+    "mathematics": "theorem proof lemma integer matrix equation finite polynomial convergence algebra",
+    "biology": "cell protein gene species enzyme dna organism membrane evolution bacteria tissue",
+    "physics": "energy particle quantum electron momentum field relativity photon velocity gravity",
+    "history": "century empire king war treaty emperor dynasty revolution colony parliament",
+    "cooking": "tablespoon teaspoon flour butter sugar oven recipe garlic onion simmer bake",
+    "sport": "match goal league championship coach tournament player team season score",
+}
+SUBJECTS: Mapping[str, tuple[str, ...]] = {name: tuple(terms.split()) for name, terms in _SUBJECTS.items()}
+"""Terms by subject."""
 
 _HOST = re.compile(r"(?i)(?:^|\s)(?:https?|ftp)://(?:[^/@\s]*@)?([^/:\s?#]+)")
-_GENERAL = frozenset("ac co com edu gob gov gouv mil net ne or org".split())
+_GENERAL = frozenset(["ac", "co", "com", "edu", "gob", "gov", "gouv", "mil", "net", "ne", "or", "org"])
 
 
 @register
@@ -64,13 +68,17 @@ class Domain(RecordStep):
 
     def annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """`host`, `site`, `subject` and its `score`, the share of its terms; null where there is none."""
-        places = zip(documents.column("path").to_pylist(), documents.column("source").to_pylist(), strict=True)
+        places = zip(
+            documents.column("path").to_pylist(), documents.column("source").to_pylist(), strict=True
+        )
         hosts = [host_of(path) or host_of(source) for path, source in places]
         shares = self._shares(Joined.of(documents))
         best = shares.argmax(axis=0) if len(self.subjects) else np.zeros(shares.shape[1], np.int64)
         score = shares.max(axis=0, initial=0.0)
         named = score >= self.minimum_share
-        subjects = [list(self.subjects)[i] if is_named else None for i, is_named in zip(best, named, strict=True)]
+        subjects = [
+            list(self.subjects)[i] if is_named else None for i, is_named in zip(best, named, strict=True)
+        ]
         return pa.RecordBatch.from_pydict(
             {
                 "id": documents.column("id"),
@@ -81,7 +89,7 @@ class Domain(RecordStep):
             }
         )
 
-    def _shares(self, joined: Joined) -> np.ndarray:  # type: ignore[type-arg]
+    def _shares(self, joined: Joined) -> Float64Array:
         """Share of each document's words by subject, subjects x documents."""
         words = WordRuns(joined)
         first_G, hash_G = words.ngram_hashes(1)

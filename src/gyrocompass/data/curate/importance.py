@@ -87,7 +87,9 @@ def _counts(file: ContentFile, buckets: int) -> NDArray[np.int64]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"the texts cannot be read: {error}", where=file.path) from None
     for start in range(0, len(lines), _CHUNK):
-        total += np.bincount(features(Joined(list(lines[start : start + _CHUNK])), buckets)[1], minlength=buckets)
+        total += np.bincount(
+            features(Joined(list(lines[start : start + _CHUNK])), buckets)[1], minlength=buckets
+        )
     if not total.any():
         raise BadInput("there are no words to learn a distribution from", where=file.path)
     return total

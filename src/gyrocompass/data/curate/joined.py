@@ -65,7 +65,7 @@ class Joined:
 
     def rows_of(self, position_H: Any) -> Int64Array:
         """The document of each position."""
-        return np.searchsorted(self.start_D, position_H, side="right") - 1
+        return np.asarray(np.searchsorted(self.start_D, position_H, side="right") - 1, np.int64)
 
 
 def is_any(code_N: NDArray[np.uint8], characters: str) -> Flags:

@@ -8,9 +8,10 @@
     notice    a sentence that puts the text under a licence                              .9
     url       a link to a licence                                                        .6
 
-What a whole GNU or Mozilla licence says of its sister licences is no notice. Hints are searched for first, so that most documents cost a few passes of plain search. The classifier of the
-package `licenseclassifier` (extra `licences`) knows a few hundred licence texts instead of some twenty; it is
-tried at licence files and at texts with a hint.
+What a whole GNU or Mozilla licence says of its sister licences is no notice. Hints are searched for first, so
+that most documents cost a few passes of plain search. The classifier of the package `licenseclassifier`
+(extra `licences`) knows a few hundred licence texts instead of some twenty; it is tried at licence files and
+at texts with a hint.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ _METADATA_FILES = frozenset(
     }
 )
 _METADATA = re.compile(
-    r"(?mi)^\s*(?:License-Expression:|License:|[\"']?license[\"']?\s*[:=]\s*(?:\{\s*(?:text|[\"']type[\"'])\s*[:=]\s*)?)"
+    r"(?mi)^\s*(?:License-Expression:|License:|[\"']?license[\"']?\s*[:=]\s*(?:\{\s*(?:text"
+    r"|[\"']type[\"'])\s*[:=]\s*)?)"
     r"\s*[\"']?([A-Za-z0-9.+()\- ]{2,80}?)[\"']?\s*(?:[,}]|$)"
 )
 _CLASSIFIER = re.compile(r"License :: (?:OSI Approved :: )?([A-Za-z0-9.+() \-]+)")
@@ -91,10 +93,13 @@ _LATER = (
 _TEXTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (licence, re.compile(f"(?i){_words(phrase)}"))
     for licence, phrase in (
-        ("MIT", "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated"),
-        ("ISC", "Permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or without fee is"),
+        ("MIT", "Permission is hereby granted, free of charge, to any person obtaining a copy of this "
+            "software and associated"),
+        ("ISC", "Permission to use, copy, modify, and(?:/or)? distribute this software for any purpose "
+            "with or without fee is"),
         ("Unlicense", "This is free and unencumbered software released into the public domain"),
-        ("BSL-1.0", "Permission is hereby granted, free of charge, to any person or organization obtaining a copy of the software and accompanying documentation covered by this license"),
+        ("BSL-1.0", "Permission is hereby granted, free of charge, to any person or organization obtaining "
+            "a copy of the software and accompanying documentation covered by this license"),
         ("Zlib", "This software is provided as-is, without any express or implied warranty"),
         ("PSF-2.0", "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2"),
         ("Apache-2.0", "Apache License Version 2.0, January 2004"),
@@ -115,7 +120,7 @@ _TEXTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 _BSD = re.compile(
-    f"(?i){_words('Redistribution and use in source and binary forms, with or without modification, are permitted')}"
+    f"(?i){_words('Redistribution and use in source and binary forms, with or without modification, are')}"
 )
 _BSD_NAME = re.compile(
     f"(?i){_words('Neither the name')}|{_words('may not be used to endorse')}|{_words('The names? of')}"
@@ -130,7 +135,8 @@ _NOTICES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("PSF-2.0", "Licensed to PSF under a Contributor Agreement"),
         ("BSD-3-Clause", "Use of this source code is governed by a BSD-style license"),
         ("LicenseRef-public-domain", "(?:released|placed|is|donated) (?:in|into|to) the public domain"),
-        ("LicenseRef-proprietary", "(?:proprietary and confidential|confidential and proprietary|unauthorized copying of this file)"),
+        ("LicenseRef-proprietary", "(?:proprietary and confidential|confidential and proprietary"
+            "|unauthorized copying of this file)"),
     )
 )  # fmt: skip
 _GNU = re.compile(
@@ -333,8 +339,8 @@ def copyrights(text: str) -> list[str]:
 def conclude(evidence: Sequence[Evidence]) -> tuple[str | None, float, bool]:
     """The licence that evidence adds up to, how sure it is, and whether it disagrees with itself.
 
-    The best kind of evidence decides; several licences of that kind are all asked for (AND). Evidence of other
-    kinds disagrees where it names a licence that is not among them.
+    The best kind of evidence decides; several licences of that kind are all asked for (AND). Evidence of
+    other kinds disagrees where it names a licence that is not among them.
     """
     if not evidence:
         return None, 0.0, False

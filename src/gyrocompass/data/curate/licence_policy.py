@@ -3,9 +3,10 @@
     expression, LicencePolicy --verdict--> allowed | attribution | refused | unknown
     rows of a data set        --attribution_text--> the file that goes with whatever is made from it
 
-A policy names licences (`MIT`), families by pattern (`CC-BY-*`) or degrees of strictness (`weak_copyleft`, see
-`spdx.Strictness`). The entry that says most decides: a licence's own name before a pattern, a pattern before
-a degree, and among patterns the longer. Of a choice (OR) the best verdict counts, of a conjunction the worst.
+A policy names licences (`MIT`), families by pattern (`CC-BY-*`) or degrees of strictness (`weak_copyleft`,
+see `spdx.Strictness`). The entry that says most decides: a licence's own name before a pattern, a pattern
+before a degree, and among patterns the longer. Of a choice (OR) the best verdict counts, of a conjunction the
+worst.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Licences of documents: what each says of itself, else what its package says, and the strictest of its copies.
+"""Licences of documents: what each says of itself, else what its package says, and all that copies say.
 
     documents --signatures--> evidence of each, and whether it speaks for a package
               --resolve-----> expression, origin, conflict, verdict of each
@@ -130,7 +130,7 @@ class Licences(GlobalStep):
         }
 
     def resolve(self, signatures: Iterator[pa.RecordBatch], corpus: CorpusAccess) -> pa.RecordBatch:
-        """`expression`, `score`, `origin`, `conflict`, `strictness`, `verdict` and `copyrights` of each document.
+        """`expression`, `score`, `origin`, `conflict`, `strictness`, `verdict` and `copyrights`.
 
         `origin` is the kind of evidence, `package` for a folder's, or `copy` where duplicates said more.
         """
@@ -161,8 +161,8 @@ def _packages(rows: list[dict[str, Any]]) -> dict[tuple[str, str], _Found]:
     speaking: dict[tuple[str, str], list[Evidence]] = defaultdict(list)
     for row in rows:
         if row["is_package"] and row["expression"]:
-            evidence = Evidence("package", row["expression"], row["score"], 0, 0)
-            speaking[row["source"], row["folder"]].append(evidence)
+            said = Evidence("package", row["expression"], row["score"], 0, 0)
+            speaking[row["source"], row["folder"]].append(said)
     packages = {}
     for place, evidence in speaking.items():
         expression, score, conflict = conclude(evidence)

@@ -1,7 +1,7 @@
-"""Likelihood as a figure of documents: perplexity, surprising places, and what one model knows that another does not.
+"""Likelihood as a figure of documents: perplexity, surprising places, and the difference of two models.
 
     documents, Score            --Likelihood------> bits_per_byte, perplexity, spans of surprising tokens
-    documents, two Scores       --Likelihood------> difference: bits per byte under the first, less the second's
+    documents, two Scores       --Likelihood------> difference of their bits per byte
     figures of all documents    --LikelihoodBands-> percentile and band of each within its slice
 
 A `Score` gives the log-probability of each token of a text, whoever computes it; curation imports no model.
@@ -13,7 +13,8 @@ What to select by them:
 - perplexity bands by slice (CCNet: Wenzek et al. 2020): the middle of each slice, not the middle of all;
 - RHO (Mindermann et al. 2022): `difference` between the model in training and a reference trained on what is
   good: high where there is something left to learn that can be learned;
-- two models of the same kind, one of a target and one of everything, as in DSIR (Xie et al. 2023; Moore & Lewis
+- two models of the same kind, one of a target and one of everything, as in DSIR (Xie et al. 2023; Moore &
+Lewis
   2010): `difference` of target less raw: low where a document is like the target. `importance` does the same
   without a model.
 
@@ -88,8 +89,8 @@ class Likelihood(RecordStep):
     def annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """`nll_nats`, `n_tokens`, `bits_per_byte`, `perplexity`, `surprising` (share of tokens) and `spans`.
 
-        With a reference also `reference_bits_per_byte` and `difference`. Of an empty text all but the counts are
-        null.
+        With a reference also `reference_bits_per_byte` and `difference`. Of an empty text all but the counts
+        are null.
 
         Raises:
             BadInput: no score has that name.
@@ -103,11 +104,15 @@ class Likelihood(RecordStep):
             "n_tokens": pa.array([f.n_tokens for f in figures], pa.int64()),
             "bits_per_byte": pa.array(of_bytes, pa.float64()),
             "perplexity": pa.array([f.perplexity if f.n_tokens else None for f in figures], pa.float64()),
-            "surprising": pa.array([len(f.spans) / f.n_tokens if f.n_tokens else None for f in figures], pa.float32()),
+            "surprising": pa.array(
+                [len(f.spans) / f.n_tokens if f.n_tokens else None for f in figures], pa.float32()
+            ),
             "spans": to_arrow([f.spans for f in figures]),
         }
         if self.reference is not None:
-            reference = [f.bits_per_byte if f.n_tokens else None for f in self._figures(self.reference, documents)]
+            reference = [
+                f.bits_per_byte if f.n_tokens else None for f in self._figures(self.reference, documents)
+            ]
             pairs = zip(of_bytes, reference, strict=True)
             difference = [a - b if a is not None and b is not None else None for a, b in pairs]
             columns["reference_bits_per_byte"] = pa.array(reference, pa.float64())
@@ -126,7 +131,9 @@ class Likelihood(RecordStep):
     def _of(self, text: str, scores: Scored, where: str) -> Figures:
         surprisal_N = -np.asarray(scores.logprob_N, np.float64)
         if not np.isfinite(surprisal_N).all():
-            raise GyroError("a log-probability is not finite", where=where, fix="look at the model, or drop the document")
+            raise GyroError(
+                "a log-probability is not finite", where=where, fix="look at the model, or drop the document"
+            )
         n_bytes = len(text.encode("utf-8", "surrogatepass"))
         nll = float(surprisal_N.sum())
         n_tokens = len(surprisal_N)
@@ -164,7 +171,9 @@ def scorer(name: str) -> Score:
     family, _, path = name.partition(":")
     if family == "ngram" and path:
         return NgramModel.load(Path(path)).score
-    raise BadInput(f"no score is called {name!r}{did_you_mean(name, [*SCORES, 'ngram:FILE'])}", where="likelihood.score")
+    raise BadInput(
+        f"no score is called {name!r}{did_you_mean(name, [*SCORES, 'ngram:FILE'])}", where="likelihood.score"
+    )
 
 
 _VALUES = pa.schema([("id", pa.string()), ("slice", pa.string()), ("value", pa.float64())])
@@ -203,7 +212,11 @@ class LikelihoodBands(GlobalStep):
 
     def signatures(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """The figure and the slice of each document."""
-        columns = [documents.column("id"), documents.column("slice"), documents.column(self.column).cast(pa.float64())]
+        columns = [
+            documents.column("id"),
+            documents.column("slice"),
+            documents.column(self.column).cast(pa.float64()),
+        ]
         return pa.RecordBatch.from_arrays(columns, schema=_VALUES)
 
     def resolve(self, signatures: Iterator[pa.RecordBatch], corpus: CorpusAccess) -> pa.RecordBatch:
@@ -225,7 +238,10 @@ class LikelihoodBands(GlobalStep):
         names = [None if np.isnan(p) else self.bands[b] for p, b in zip(percentile_D, band_D, strict=True)]
         columns = [table["id"].combine_chunks(), percentile_D, names, z_D]
         return pa.RecordBatch.from_arrays(
-            [pa.array(column, field.type, from_pandas=True) for column, field in zip(columns, _BANDS, strict=True)],
+            [
+                pa.array(column, field.type, from_pandas=True)
+                for column, field in zip(columns, _BANDS, strict=True)
+            ],
             schema=_BANDS,
         )
 

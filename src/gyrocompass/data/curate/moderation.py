@@ -30,7 +30,7 @@ from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, by_document, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import ratio
-from gyrocompass.data.curate.word_runs import WordRuns, hash_words, word_list
+from gyrocompass.data.curate.word_runs import Hashes, WordRuns, hash_words, word_list
 
 TextScorer = Callable[[Sequence[str]], Sequence[float]]
 """One number for each text; higher is worse."""
@@ -123,7 +123,7 @@ class Moderation(RecordStep):
             columns[f"score_{name}"] = pa.array(scorer(name)(joined.texts), pa.float32())
         return pa.RecordBatch.from_pydict(columns)
 
-    def _find(self, name: str, words: Words) -> Iterator[Span]:
+    def _find(self, name: str, words: WordRuns) -> Iterator[Span]:
         joined = words.joined
         for n, hashes in _hashed(self.lists[name].all_words()):
             first_G, hash_G = words.ngram_hashes(n)
@@ -137,7 +137,7 @@ class Moderation(RecordStep):
 
 
 @lru_cache(maxsize=64)
-def _hashed(terms: tuple[str, ...]) -> tuple[tuple[int, np.ndarray], ...]:  # type: ignore[type-arg]
+def _hashed(terms: tuple[str, ...]) -> tuple[tuple[int, Hashes], ...]:
     """Hashes of terms by how many words they have."""
     by_length: dict[int, set[int]] = {}
     for term in terms:

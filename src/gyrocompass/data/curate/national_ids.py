@@ -21,7 +21,8 @@ _CHINESE_CHECK = "10X98765432"
 _CODICE_ODD = dict(
     zip(
         "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16,
+        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12,
+        14, 16,
          10, 22, 25, 24, 23),
         strict=True,
     )
@@ -165,7 +166,8 @@ NATIONAL_IDS = (
     _id("br", r"\d{3}\.\d{3}\.\d{3}-\d\d", _br, r"\bcpf\b"),
     _id("se", r"(?:19|20)?\d{6}[-+]\d{4}", _se, r"personnummer"),
     _id("cn", r"[1-8]\d{5}(?:19|20)\d{9}[\dX]", _cn, r"身份证"),
-    _id("de", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", _de, r"steuer.?(?:id|nummer|identifikation)|\bidnr\b|\btin\b", True),
+    _id("de", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", _de, r"steuer.?(?:id|nummer|identifikation)|\bidnr\b|\btin\b",
+    True),
     _id("pl", r"\d{11}", _pl, r"pesel", True),
     _id("nl", r"\d{9}|\d{4}\.\d\d\.\d{3}", _nl, r"\bbsn\b|burgerservice", True),
     _id("ca", r"\d{3}([ -]?)\d{3}\1\d{3}", _ca, r"\bsin\b|social.insurance", True),

@@ -1,14 +1,14 @@
 """A small language model of bytes without weights from anywhere: counts of runs, interpolated.
 
-    texts --fit--> NgramModel --save, load--> one .npz of plain arrays --score--> log-probability of every byte
+    texts --fit--> NgramModel --save, load--> a .npz of plain arrays --score--> log p of every byte
 
 The probability of a byte after its k predecessors mixes its share among what followed them in the training
 texts with the probability after k - 1, down to 1/256:
 
     p_k(b | c) = (n(c b) + s p_(k-1)(b | c')) / (n(c) + s),    c' = c without its first byte
 
-Every p_k sums to 1 over the 256 bytes. It is what a filter needs that asks how usual a text is among others of
-its kind; it takes no torch, and its `score` fits wherever a `Score` is asked for (each byte is a token).
+Every p_k sums to 1 over the 256 bytes. It is what a filter needs that asks how usual a text is among others
+of its kind; it takes no torch, and its `score` fits wherever a `Score` is asked for (each byte is a token).
 
 Runs are counted by 64-bit hashes. Left out: pruning and Kneser-Ney, which matter for smaller files and a few
 percent of perplexity.
@@ -125,15 +125,22 @@ class NgramModel:
         try:
             with np.load(path, allow_pickle=False) as file:
                 if int(file["format"]) != _FORMAT:
-                    raise BadInput("a model of runs in a format of another version", where=path, fix="fit it again")
+                    raise BadInput(
+                        "a model of runs in a format of another version", where=path, fix="fit it again"
+                    )
                 order = sum(name.startswith("run_hash_") for name in file.files)
                 levels = [
-                    [_Counts(file[f"{name}_hash_{size}"], file[f"{name}_count_{size}"]) for size in range(1, order + 1)]
+                    [
+                        _Counts(file[f"{name}_hash_{size}"], file[f"{name}_count_{size}"])
+                        for size in range(1, order + 1)
+                    ]
                     for name in ("run", "context")
                 ]
                 return cls(levels[0], levels[1], float(file["smoothing"]))
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise BadInput(f"not a model of runs: {error}", where=path, fix="give what NgramModel.save wrote") from None
+            raise BadInput(
+                f"not a model of runs: {error}", where=path, fix="give what NgramModel.save wrote"
+            ) from None
 
 
 def _prefix(text: str) -> Hashes:

@@ -5,7 +5,8 @@
     author: Anna B.             a holder of copyright or an author that the text names; also an e-mail address
 
 One entry a line. A line that says something else is an error: a wish that is misread is not kept. Documents,
-paths, sources and contents are left out before they are read (`optout`); this is what takes a look at the text.
+paths, sources and contents are left out before they are read (`optout`); this is what takes a look at the
+text.
 """
 
 from __future__ import annotations

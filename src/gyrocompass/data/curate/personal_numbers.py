@@ -27,15 +27,15 @@ from gyrocompass.data.curate.spans import Span
 SURE, LIKELY, POSSIBLE, UNLIKELY = 0.95, 0.7, 0.4, 0.2
 
 IBAN_LENGTHS = {
-    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BI": 27, "BR": 29,
-    "BY": 28, "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DJ": 27, "DK": 18, "DO": 28, "EE": 20, "EG": 29,
-    "ES": 24, "FI": 18, "FK": 18, "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18, "GR": 27, "GT": 28,
-    "HN": 28, "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IQ": 23, "IS": 26, "IT": 27, "JO": 30, "KW": 30, "KZ": 20,
-    "LB": 28, "LC": 32, "LI": 21, "LT": 20, "LU": 20, "LV": 21, "LY": 25, "MC": 27, "MD": 24, "ME": 22, "MK": 19,
-    "MN": 20, "MR": 27, "MT": 31, "MU": 30, "NI": 28, "NL": 18, "NO": 15, "OM": 23, "PK": 24, "PL": 28, "PS": 29,
-    "PT": 25, "QA": 29, "RO": 24, "RS": 22, "RU": 33, "SA": 24, "SC": 31, "SD": 18, "SE": 24, "SI": 19, "SK": 24,
-    "SM": 27, "SO": 23, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24, "XK": 20,
-    "YE": 30,
+    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BI": 27,
+    "BR": 29, "BY": 28, "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DJ": 27, "DK": 18, "DO": 28,
+    "EE": 20, "EG": 29, "ES": 24, "FI": 18, "FK": 18, "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23,
+    "GL": 18, "GR": 27, "GT": 28, "HN": 28, "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IQ": 23, "IS": 26,
+    "IT": 27, "JO": 30, "KW": 30, "KZ": 20, "LB": 28, "LC": 32, "LI": 21, "LT": 20, "LU": 20, "LV": 21,
+    "LY": 25, "MC": 27, "MD": 24, "ME": 22, "MK": 19, "MN": 20, "MR": 27, "MT": 31, "MU": 30, "NI": 28,
+    "NL": 18, "NO": 15, "OM": 23, "PK": 24, "PL": 28, "PS": 29, "PT": 25, "QA": 29, "RO": 24, "RS": 22,
+    "RU": 33, "SA": 24, "SC": 31, "SD": 18, "SE": 24, "SI": 19, "SK": 24, "SM": 27, "SO": 23, "ST": 25,
+    "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24, "XK": 20, "YE": 30,
 }  # fmt: skip
 """Characters of an account number by country (the IBAN registry)."""
 
@@ -49,7 +49,8 @@ _CARD_CONTEXT = re.compile(
 
 _PHONE_WORLD = re.compile(r"(?<![\w+.])\+\d[\d \xa0\-.()/]{5,22}\d(?![\w])")
 _PHONE_AMERICA = re.compile(
-    r"(?<![\w.+-])(?:1[ .-])?(?:\(([2-9]\d\d)\) ?|([2-9]\d\d)([ .-]))([2-9]\d\d)(?:(?<=\d)[ .-])\d{4}(?![\w-]|\.\d)"
+    r"(?<![\w.+-])(?:1[ .-])?(?:\(([2-9]\d\d)\) ?|([2-9]\d\d)([ .-]))([2-9]\d\d)(?:(?<=\d)[ "
+    r".-])\d{4}(?![\w-]|\.\d)"
 )
 _PHONE_PAIRS = re.compile(r"(?<![\w.+-])0[1-9](?:([ .-])\d\d)(?:\1\d\d){3}(?![\w-]|[ .]\d)")
 _PHONE_TRUNK = re.compile(
@@ -57,7 +58,8 @@ _PHONE_TRUNK = re.compile(
 )
 _PHONE_ANY = re.compile(r"(?<![\w.+-])\(?\d[\d \xa0\-.()/]{5,18}\d(?![\w])")
 _PHONE_CONTEXT = re.compile(
-    r"(?i)(?:\b(?:tele)?phone|\b(?:tele)?fax\b|\btel\b|\btelefon|t[ée]l[ée]ph|\bfon\b|\bmob(?:ile?|il)?\b|\bmovil|"
+    r"(?i)(?:\b(?:tele)?phone|\b(?:tele)?fax\b|\btel\b|\btelefon|t[ée]l[ée]ph|\bfon\b|\bmob(?:ile?"
+    r"|il)?\b|\bmovil|"
     r"\bmóvil|\bcell|\bcall\b|\bhandy|whatsapp|sms|\bteléfono|тел|電話|电话|☎|📞)[^\n\d]{0,24}\Z"
 )
 
@@ -137,7 +139,7 @@ def is_card(digits: str) -> bool:
 
 
 def phones(joined: Joined, groups: DigitGroups) -> Iterator[Span]:
-    """Telephone numbers: international, North American, French pairs, with a trunk 0, or after a word for it."""
+    """Telephone numbers: international, North American, in pairs, with a trunk 0, or after a word for it."""
     text = joined.text
     for number in np.flatnonzero(groups.n_digits_G >= 7).tolist():
         start, end = groups.group(number)

@@ -2,10 +2,11 @@
 
     text --Quality--> n_words, mean_word_length, ..., broken ["short_lines", ...], passes
 
-The rules for prose are those of Gopher (Rae et al. 2021, table A1) and FineWeb (Penedo et al. 2024): they keep
-fewer than one in five files of code or manuals, so that each kind of text has rules of its own. Those for code
-are StarCoder's (Li et al. 2023). Which set a document takes is decided by its slice, as with the thresholds of rules: the
-slice's own name, else the longest name that it is a part of (`code` of `code/tests`), else `*`. Figures are always given, so that rules can change later.
+The rules for prose are those of Gopher (Rae et al. 2021, table A1) and FineWeb (Penedo et al. 2024): they
+keep fewer than one in five files of code or manuals, so that each kind of text has rules of its own. Those
+for code are StarCoder's (Li et al. 2023). Which set a document takes is decided by its slice, as with the
+thresholds of rules: the slice's own name, else the longest name that it is a part of (`code` of
+`code/tests`), else `*`. Figures are always given, so that rules can change later.
 
 Stop words are counted in the document's language if a list of it is known, else in English.
 
@@ -24,11 +25,11 @@ from pydantic import Field, model_validator
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import did_you_mean
-from gyrocompass.data.curate.joined import Flags, Joined, is_any
+from gyrocompass.data.curate.joined import Flags, Int64Array, Joined, is_any
 from gyrocompass.data.curate.rules import ANY_SLICE
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
-from gyrocompass.data.curate.word_runs import WordRuns, hash_words
+from gyrocompass.data.curate.word_runs import Hashes, WordRuns, hash_words
 
 STOP_WORDS = {
     "en": "the be to of and that have with",
@@ -44,9 +45,9 @@ STOP_WORDS = {
 """Words that running text of a language can hardly do without."""
 
 FIGURES = (
-    "n_words", "n_lines", "mean_word_length", "symbol_word_ratio", "bullet_lines", "ellipsis_lines", "letter_words",
-    "stop_words", "terminal_lines", "short_lines", "newline_word_ratio", "mean_line_length", "longest_line",
-    "alphanumeric", "uppercase", "digits", "longest_word",
+    "n_words", "n_lines", "mean_word_length", "symbol_word_ratio", "bullet_lines", "ellipsis_lines",
+    "letter_words", "stop_words", "terminal_lines", "short_lines", "newline_word_ratio", "mean_line_length",
+    "longest_line", "alphanumeric", "uppercase", "digits", "longest_word",
 )  # fmt: skip
 """What is counted: shares are of lines, words or characters, lengths in characters."""
 
@@ -97,7 +98,8 @@ class Quality(RecordStep):
     """Counts what rules of quality read.
 
     Args:
-        rules: for each slice, or what its name begins with up to a slash, the bounds of its figures; `*` is for
+        rules: for each slice, or what its name begins with up to a slash, the bounds of its figures; `*` is
+        for
             all others.
     """
 
@@ -195,7 +197,7 @@ def measure(joined: Joined, languages: list[str | None]) -> dict[str, Float64Arr
     }
 
 
-def _longest(rows: np.ndarray, lengths: np.ndarray, n: int) -> Float64Array:  # type: ignore[type-arg]
+def _longest(rows: Int64Array, lengths: Int64Array, n: int) -> Float64Array:
     longest = np.zeros(n, np.int64)
     np.maximum.at(longest, rows, lengths)
     return longest.astype(np.float64)
@@ -208,7 +210,7 @@ def _all_text(joined: Joined, characters: str) -> Flags:
     return np.isin(joined.point_N, [ord(character) for character in characters])
 
 
-def _is_text(joined: Joined, positions: np.ndarray, characters: str) -> Flags:  # type: ignore[type-arg]
+def _is_text(joined: Joined, positions: Int64Array, characters: str) -> Flags:
     """The same at some positions."""
     if joined.text.isascii():
         return np.zeros(len(positions), np.bool_)
@@ -220,7 +222,7 @@ def _count(joined: Joined, part: str) -> Float64Array:
 
 
 @cache
-def _stop_hashes(language: str) -> np.ndarray:  # type: ignore[type-arg]
+def _stop_hashes(language: str) -> Hashes:
     return np.array([hash_words(word) for word in STOP_WORDS[language].split()], np.uint64)
 
 

@@ -7,7 +7,7 @@ The figures of Gopher (Rae et al. 2021, table A1), each a share from 0 to 1:
     duplicate_lines, duplicate_paragraphs            of lines, paragraphs: those that stood there before
     duplicate_line_characters, ..._paragraph_...     the same, of characters
     top_Ngram                                        of characters of words: in the most frequent run of N
-    duplicate_Ngram                                  of characters of words: in runs of N that stood there before
+    duplicate_Ngram                                  of characters of words: in runs of N that stood before
 
 Gopher's limits are .3, .3, .2, .2; .20, .18, .16 for N = 2, 3, 4; .15 falling to .10 for N = 5 to 10. Code
 repeats itself honestly (imports, braces), so limits are set for each slice by the rules that read these.
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import PositiveInt
 
-from gyrocompass.data.curate.joined import Int64Array, Joined
+from gyrocompass.data.curate.joined import Flags, Int64Array, Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
 from gyrocompass.data.curate.word_runs import Hashes, WordRuns, mix, prefix_hashes, range_hashes
@@ -86,7 +86,7 @@ def _key(row: Int64Array, hashes: Hashes) -> Hashes:
     return mix(hashes ^ mix(row.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
 
 
-def _is_again(row: Int64Array, hashes: Hashes) -> np.ndarray:  # type: ignore[type-arg]
+def _is_again(row: Int64Array, hashes: Hashes) -> Flags:
     """Whether each stood before in its document."""
     key = _key(row, hashes)
     order = np.argsort(key, kind="stable")
@@ -124,4 +124,5 @@ def _again(words: WordRuns, n: int) -> Float64Array:
     np.add.at(change, again, 1)
     np.add.at(change, again + n, -1)
     is_covered = np.cumsum(change)[:-1] > 0
-    return np.bincount(words.row_W, words.length_W * is_covered, len(words.joined.texts))
+    covered_W = words.length_W * is_covered
+    return np.asarray(np.bincount(words.row_W, covered_W, len(words.joined.texts)), np.float64)

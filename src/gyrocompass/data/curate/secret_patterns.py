@@ -43,7 +43,7 @@ ISSUERS = (
     _pattern("github", "github_pat_", r"(?<!\w)github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}(?!\w)"),
     _pattern("gitlab", "glpat- gldt- glrt-", r"(?<!\w)gl(?:pat|dt|rt)-[\w-]{20,50}"),
     _pattern("slack", "xoxb- xoxa- xoxp- xoxr- xoxs-", r"(?<!\w)xox[abprs]-\d{6,14}-[A-Za-z0-9-]{12,120}"),
-    _pattern("slack", "hooks.slack.com/services/", r"hooks\.slack\.com/services/T\w{7,11}/B\w{7,11}/\w{20,26}"),
+    _pattern("slack", "hooks.slack.com/services/", r"hooks\.slack\.com/services/T\w{7,11}/B\w{7,11}/\w{20,}"),
     _pattern("stripe", "k_live_ k_test_", r"(?<!\w)[sr]k_(?:live|test)_[A-Za-z0-9]{20,100}(?!\w)", 1),
     _pattern("google", "AIza", r"(?<!\w)AIza[\w-]{35}(?![\w-])"),
     _pattern("google", "GOCSPX-", r"(?<!\w)GOCSPX-[\w-]{28}(?![\w-])"),
@@ -63,17 +63,19 @@ ISSUERS = (
     _pattern(
         "private_key",
         "-----BEGIN",
-        r"-----BEGIN (?:[A-Z]{2,10} )?PRIVATE KEY(?: BLOCK)?-----[\sA-Za-z0-9+/=:,\\-]{64,8000}?-----END [A-Z ]{11,40}-----",
+        r"-----BEGIN (?:[A-Z]{2,10} )?PRIVATE KEY(?: "
+            r"BLOCK)?-----[\sA-Za-z0-9+/=:,\\-]{64,8000}?-----END [A-Z ]{11,40}-----",
     ),
     _pattern("url", "://", r"://[\w.~%+-]{0,64}:([^\s:@/\"'<>{}\[\]()$]{6,64})@[A-Za-z0-9.\[-]"),
 )  # fmt: skip
 """Every issuer that is known."""
 
-_NAMES = (b"passw", b"secret", b"token", b"api_key", b"apikey", b"api-key", b"access_key", b"accesskey", b"pwd", b"credential",
-          b"auth_key", b"private_key", b"client_key", b"encryption_key", b"signing_key", b"account_key", b"accountkey",
-          b"bearer")  # fmt: skip
+_NAMES = (b"passw", b"secret", b"token", b"api_key", b"apikey", b"api-key", b"access_key", b"accesskey",
+          b"pwd", b"credential", b"auth_key", b"private_key", b"client_key", b"encryption_key",
+          b"signing_key", b"account_key", b"accountkey", b"bearer")  # fmt: skip
 _ASSIGNED = re.compile(
-    r"(?i)[\w-]{0,24}(?:[\"']?\]?\s{0,4}(?::=|=>|[:=])\s{0,4}(?:[bru]?[\"'`]([^\"'`\s]{8,200})[\"'`]|([^\s\"'`,;&(){}\[\]<>]{12,200})(?=[\s,;]|\Z))"
+    r"(?i)[\w-]{0,24}(?:[\"']?\]?\s{0,4}(?::=|=>|[:=])\s{0,4}(?:[bru]?[\"'`]([^\"'`\s]{8,200})[\"'`]"
+    r"|([^\s\"'`,;&(){}\[\]<>]{12,200})(?=[\s,;]|\Z))"
     r"|>([^<\s]{8,200})<|\s+([\w.~+/=-]{20,200})(?![\w.(]))"
 )
 _EXAMPLE = re.compile(
@@ -81,7 +83,8 @@ _EXAMPLE = re.compile(
     r"s3cr3t|secret|insert|redacted|foobar|(?:^|[^a-z])test(?:[^a-z]|$)"
 )
 _CODE = re.compile(
-    r"[\w.]+\(|^[\w.]*\.[A-Za-z_][\w.]*$|^(?:https?|file|git)://|^[./~\\]|[\\%$#]\{|%\(|^\$|^(?:sha\d|md5)|[{}]"
+    r"[\w.]+\(|^[\w.]*\.[A-Za-z_][\w.]*$|^(?:https?|file|git)://|^[./~\\]|[\\%$#]\{|%\(|^\$|^(?:sha\d"
+    r"|md5)|[{}]"
 )
 _WORDS = re.compile(r"[A-Za-z][a-z]*(?:[_.-]?[A-Za-z][a-z]+)*(?:[_.-]?\d{1,3})?\Z")
 

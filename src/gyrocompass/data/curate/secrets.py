@@ -5,7 +5,8 @@
 Two engines. `builtin` knows the patterns of some thirty issuers, private keys, passwords in addresses, and
 values assigned to names such as `password`; it is fast and says no more than it is sure of. `betterleaks`
 (extra `secrets`) runs the rules of that project in its shared library, offline, with its own confidence as
-the score: high .95, medium .7, low .3 (two of 300 clean files have one of those). `both` takes the surer where they overlap.
+the score: high .95, medium .7, low .3 (two of 300 clean files have one of those). `both` takes the surer
+where they overlap.
 
 Nothing is sent anywhere: whether a secret still works is not asked.
 """

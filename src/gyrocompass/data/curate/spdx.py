@@ -46,27 +46,42 @@ class Strictness(enum.IntEnum):
 
 
 _TABLE = {
-    Strictness.PUBLIC_DOMAIN: "CC0-1.0 Unlicense 0BSD WTFPL PDDL-1.0 MIT-0 CC-PDDC blessing LicenseRef-public-domain",
-    Strictness.PERMISSIVE: "MIT Apache-2.0 Apache-1.1 Apache-1.0 BSD-1-Clause BSD-2-Clause BSD-3-Clause BSD-4-Clause"
-    " BSD-2-Clause-Patent BSD-3-Clause-Clear BSD-Source-Code ISC Zlib zlib-acknowledgement BSL-1.0 PSF-2.0 Python-2.0"
-    " Python-2.0.1 CNRI-Python X11 MIT-CMU HPND HPND-sell-variant NTP NCSA PostgreSQL OpenSSL curl libpng Libpng-2.0"
-    " TCL Ruby Vim IJG FTL AFL-2.1 AFL-3.0 ECL-2.0 Artistic-2.0 PHP-3.0 PHP-3.01 ZPL-2.1 W3C Unicode-3.0 Unicode-DFS-2016"
-    " Unicode-TOU UPL-1.0 MulanPSL-2.0 BlueOak-1.0.0 bzip2-1.0.6 ICU Intel MS-PL OLDAP-2.8 Xnet Spencer-94 SMLNJ"
+    Strictness.PUBLIC_DOMAIN: "CC0-1.0 Unlicense 0BSD WTFPL PDDL-1.0 MIT-0 CC-PDDC blessing "
+    "LicenseRef-public-domain",
+    Strictness.PERMISSIVE: "MIT Apache-2.0 Apache-1.1 Apache-1.0 BSD-1-Clause BSD-2-Clause BSD-3-Clause "
+    "BSD-4-Clause"
+    " BSD-2-Clause-Patent BSD-3-Clause-Clear BSD-Source-Code ISC Zlib zlib-acknowledgement BSL-1.0 "
+    "PSF-2.0 Python-2.0"
+    " Python-2.0.1 CNRI-Python X11 MIT-CMU HPND HPND-sell-variant NTP NCSA PostgreSQL OpenSSL curl "
+    "libpng Libpng-2.0"
+    " TCL Ruby Vim IJG FTL AFL-2.1 AFL-3.0 ECL-2.0 Artistic-2.0 PHP-3.0 PHP-3.01 ZPL-2.1 W3C "
+    "Unicode-3.0 Unicode-DFS-2016"
+    " Unicode-TOU UPL-1.0 MulanPSL-2.0 BlueOak-1.0.0 bzip2-1.0.6 ICU Intel MS-PL OLDAP-2.8 Xnet "
+    "Spencer-94 SMLNJ"
     " TU-Berlin-2.0 Beerware JSON FSFAP FSFUL FSFULLR Linux-man-pages-copyleft",
-    Strictness.ATTRIBUTION: "CC-BY-1.0 CC-BY-2.0 CC-BY-2.5 CC-BY-3.0 CC-BY-4.0 ODC-By-1.0 OGL-UK-3.0 etalab-2.0"
+    Strictness.ATTRIBUTION: "CC-BY-1.0 CC-BY-2.0 CC-BY-2.5 CC-BY-3.0 CC-BY-4.0 ODC-By-1.0 OGL-UK-3.0 "
+    "etalab-2.0"
     " DL-DE-BY-2.0 CDLA-Permissive-1.0 CDLA-Permissive-2.0 NLOD-2.0",
     Strictness.WEAK_COPYLEFT: "LGPL-2.0-only LGPL-2.0-or-later LGPL-2.1-only LGPL-2.1-or-later LGPL-3.0-only"
-    " LGPL-3.0-or-later MPL-1.0 MPL-1.1 MPL-2.0 MPL-2.0-no-copyleft-exception EPL-1.0 EPL-2.0 CDDL-1.0 CDDL-1.1 CPL-1.0"
-    " IPL-1.0 Artistic-1.0 Artistic-1.0-Perl Artistic-1.0-cl8 MS-RL OFL-1.0 OFL-1.1 APSL-2.0 SPL-1.0 CDLA-Sharing-1.0"
+    " LGPL-3.0-or-later MPL-1.0 MPL-1.1 MPL-2.0 MPL-2.0-no-copyleft-exception EPL-1.0 EPL-2.0 "
+    "CDDL-1.0 CDDL-1.1 CPL-1.0"
+    " IPL-1.0 Artistic-1.0 Artistic-1.0-Perl Artistic-1.0-cl8 MS-RL OFL-1.0 OFL-1.1 APSL-2.0 SPL-1.0 "
+    "CDLA-Sharing-1.0"
     " LPPL-1.3c LPPL-1.2 QPL-1.0",
     Strictness.STRONG_COPYLEFT: "GPL-1.0-only GPL-1.0-or-later GPL-2.0-only GPL-2.0-or-later GPL-3.0-only"
-    " GPL-3.0-or-later GFDL-1.1-only GFDL-1.1-or-later GFDL-1.2-only GFDL-1.2-or-later GFDL-1.3-only GFDL-1.3-or-later"
-    " GFDL-1.2-no-invariants-or-later GFDL-1.3-no-invariants-or-later EUPL-1.1 EUPL-1.2 CECILL-2.0 CECILL-2.1 OSL-3.0"
+    " GPL-3.0-or-later GFDL-1.1-only GFDL-1.1-or-later GFDL-1.2-only GFDL-1.2-or-later GFDL-1.3-only "
+    "GFDL-1.3-or-later"
+    " GFDL-1.2-no-invariants-or-later GFDL-1.3-no-invariants-or-later EUPL-1.1 EUPL-1.2 CECILL-2.0 "
+    "CECILL-2.1 OSL-3.0"
     " CC-BY-SA-1.0 CC-BY-SA-2.0 CC-BY-SA-2.5 CC-BY-SA-3.0 CC-BY-SA-4.0 ODbL-1.0 Sleepycat",
-    Strictness.NETWORK_COPYLEFT: "AGPL-1.0-only AGPL-1.0-or-later AGPL-3.0-only AGPL-3.0-or-later SSPL-1.0 RPL-1.5",
-    Strictness.NON_COMMERCIAL: "CC-BY-NC-1.0 CC-BY-NC-2.0 CC-BY-NC-2.5 CC-BY-NC-3.0 CC-BY-NC-4.0 CC-BY-NC-SA-1.0"
-    " CC-BY-NC-SA-2.0 CC-BY-NC-SA-2.5 CC-BY-NC-SA-3.0 CC-BY-NC-SA-4.0 BUSL-1.1 Elastic-2.0 PolyForm-Noncommercial-1.0.0",
-    Strictness.NO_DERIVATIVES: "CC-BY-ND-1.0 CC-BY-ND-2.0 CC-BY-ND-2.5 CC-BY-ND-3.0 CC-BY-ND-4.0 CC-BY-NC-ND-1.0"
+    Strictness.NETWORK_COPYLEFT: "AGPL-1.0-only AGPL-1.0-or-later AGPL-3.0-only AGPL-3.0-or-later SSPL-1.0 "
+    "RPL-1.5",
+    Strictness.NON_COMMERCIAL: "CC-BY-NC-1.0 CC-BY-NC-2.0 CC-BY-NC-2.5 CC-BY-NC-3.0 CC-BY-NC-4.0 "
+    "CC-BY-NC-SA-1.0"
+    " CC-BY-NC-SA-2.0 CC-BY-NC-SA-2.5 CC-BY-NC-SA-3.0 CC-BY-NC-SA-4.0 BUSL-1.1 Elastic-2.0 "
+    "PolyForm-Noncommercial-1.0.0",
+    Strictness.NO_DERIVATIVES: "CC-BY-ND-1.0 CC-BY-ND-2.0 CC-BY-ND-2.5 CC-BY-ND-3.0 CC-BY-ND-4.0 "
+    "CC-BY-NC-ND-1.0"
     " CC-BY-NC-ND-2.0 CC-BY-NC-ND-2.5 CC-BY-NC-ND-3.0 CC-BY-NC-ND-4.0",
     Strictness.PROPRIETARY: "LicenseRef-proprietary",
 }
@@ -88,7 +103,7 @@ class Expression:
     """A licence (`operator` is "") or what joins several.
 
     >>> str(parse("mit or (GPL-2.0+ and Apache-2.0)"))
-    'MIT OR (Apache-2.0 AND GPL-2.0-or-later)'
+    '(Apache-2.0 AND GPL-2.0-or-later) OR MIT'
     """
 
     operator: str

@@ -1,7 +1,7 @@
 """What can be counted of a batch at once: words, lines, and kinds of characters of each document.
 
-Words are parted by white space, lines by newlines; a line that holds nothing but white space is empty and does
-not count. All counts are exact, and those of a document do not depend on its neighbours.
+Words are parted by white space, lines by newlines; a line that holds nothing but white space is empty and
+does not count. All counts are exact, and those of a document do not depend on its neighbours.
 
 Shape legend: N characters of the joined text, D documents, W words, L lines that are not empty.
 """
@@ -45,7 +45,7 @@ class TextShape:
     @cached_property
     def n_words_D(self) -> Int64Array:
         """Words of each document."""
-        return self.per_document(self.row_W)
+        return np.bincount(self.row_W, minlength=self.n_documents)
 
     @cached_property
     def _line_of_word_W(self) -> Int64Array:
@@ -81,17 +81,17 @@ class TextShape:
     @cached_property
     def n_lines_D(self) -> Int64Array:
         """Lines of each document that are not empty."""
-        return self.per_document(self.row_L)
+        return np.bincount(self.row_L, minlength=self.n_documents)
 
-    def per_document(self, rows: Int64Array, weights: Any = None) -> Any:
-        """How many of these rows each document has, or the sum of their weights."""
-        return np.bincount(rows, weights, minlength=self.n_documents)
+    def per_document(self, rows: Int64Array, weights: Any) -> Float64Array:
+        """The sum over these rows of each document."""
+        return np.asarray(np.bincount(rows, weights, minlength=self.n_documents), np.float64)
 
     def count_characters(self, flag_N: Flags) -> Float64Array:
         """How many of a document's characters have a flag."""
         sums = np.concatenate([[0], np.cumsum(flag_N, dtype=np.int64)])
         start_D, end_D = self.joined.start_D, self.joined.start_D + self.joined.length_D
-        return (sums[end_D] - sums[start_D]).astype(np.float64)
+        return np.asarray(sums[end_D] - sums[start_D], np.float64)
 
     def any_in_words(self, flag_N: Flags) -> Flags:
         """Whether each word holds a character with a flag."""
@@ -108,4 +108,6 @@ def ratio(numerator: Any, denominator: Any) -> Float64Array:
     [0.25, 0.0]
     """
     numerator = np.asarray(numerator, np.float64)
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=np.asarray(denominator) != 0)
+    quotient: Float64Array = np.zeros(numerator.shape)
+    np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
+    return quotient

@@ -3,8 +3,8 @@
     Joined --WordRuns--> start_W, end_W, row_W;  ngram_hashes(n) -> one uint64 for each run of n words
 
 A word is a run of letters and digits in small letters, and each character of a script that is written without
-spaces is one by itself, as for duplicates (`words`). What stands between words does not count, so that the hash
-of a run of words is the same in any layout, at any place and in any batch:
+spaces is one by itself, as for duplicates (`words`). What stands between words does not count, so that the
+hash of a run of words is the same in any layout, at any place and in any batch:
 
     word  h(c_0 ... c_m) = mix(sum of (c_i + 1) B^i)            run  h(w_0 ... w_n) = mix(sum of h(w_i) B^i)
 
@@ -154,7 +154,9 @@ def word_list(text: str) -> list[str]:
     ['it', 's', '3', 'o', 'clock']
     """
     words = WordRuns(Joined([text]))
-    return [small_letters(text[s:e]) for s, e in zip(words.start_W.tolist(), words.end_W.tolist(), strict=True)]
+    return [
+        small_letters(text[s:e]) for s, e in zip(words.start_W.tolist(), words.end_W.tolist(), strict=True)
+    ]
 
 
 def small_letters(text: str) -> str:
