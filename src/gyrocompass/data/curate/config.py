@@ -5,9 +5,9 @@
       - files: {path: notes}
     steps:
       - quality
-      - personal_data: {as: private, kinds: [email, phone]}
+      - personal: {as: private}
     rules:
-      - drop: {column: quality.words, below: {prose: 20, "*": 5}}
+      - drop: {column: quality.n_words, below: {prose: 20, "*": 5}}
       - mask: {column: private.spans}
 
 A step is given by its name, with its options; `as` is the label that rules know it by, so that a step can be
