@@ -81,6 +81,10 @@ RULES: list[Any] = [
 ]
 
 
+SMALL_SHARDS = 100
+"""So small that some are finished between two kills, whatever the ids that end them."""
+
+
 def config(source: Path, **changed: Any) -> BuildConfig:
     """A build over JSON lines."""
     data: dict[str, Any] = {
@@ -103,4 +107,5 @@ def build_slowly(source: str, store: str, workers: int, counting_file: str) -> N
     """A build that takes a while, in a process that is going to be killed."""
     os.setpgrp()
     steps = [{"count_words": {"wait_s": 0.003, "counting_file": counting_file}}, "same_start"]
-    built(config(Path(source), steps=steps), Path(store), LocalExecutor(workers), batch_rows=4)
+    build = config(Path(source), steps=steps, shard_bytes=SMALL_SHARDS)
+    built(build, Path(store), LocalExecutor(workers), batch_rows=4)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from curate_steps import build_slowly, built, config
+from curate_steps import SMALL_SHARDS, build_slowly, built, config
 from test_build import TEXTS, lines, root_of
 
 from processes import PATIENCE_S, PROCESSES
@@ -65,10 +65,11 @@ def test_killed_again_and_again_it_comes_to_the_same_root(tmp_path: Path, worker
         assert end_soon(children), f"workers outlive their parent after kill {number}"
         assert process.exitcode == -signal.SIGKILL
     looked_at = counts.stat().st_size
-    found = built(config(source, steps=steps), tmp_path / "store")
+    build = config(source, steps=steps, shard_bytes=SMALL_SHARDS)
+    found = built(build, tmp_path / "store")
     assert counts.stat().st_size - looked_at < len(TEXTS) * 4, "what was done before the kill was kept"
     assert not any((tmp_path / "store" / "work").iterdir()), "nothing is left lying about"
-    never_killed = built(config(source, steps=steps), tmp_path / "other")
+    never_killed = built(build, tmp_path / "other")
     assert root_of(found) == root_of(never_killed)
     assert found.dataset.id == never_killed.dataset.id
 
