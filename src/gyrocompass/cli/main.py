@@ -89,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     _add_score(verbs)
     _add_generate(verbs)
     _add_verify(verbs)
+    _add_data(verbs)
     _add_lineage(verbs)
+    _add_forget(verbs)
     _add_report(verbs)
     _add_doctor(verbs)
     return gyro
@@ -166,9 +168,81 @@ def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 def _add_lineage(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "lineage", "walk from an artifact to its documents, or from a document to what saw it")
     verb.add_argument(
-        "id", help="an artifact or document id (a unique beginning will do), or a document's path"
+        "id", nargs="?", help="an artifact or document id (a unique beginning will do), or a document's path"
+    )
+    verb.add_argument(
+        "--token",
+        nargs=3,
+        metavar=("MODEL", "STEP", "POSITION"),
+        help="the document and its bytes that a model read at a position of a training step",
     )
     _store_options(verb)
+
+
+def _add_data(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "data", "build data sets from raw files, and say why what is in them is in them")
+    actions = verb.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    build = _add(actions, "build", "build a data set; what is finished is found again")
+    build.add_argument("file", type=_path, help="a YAML file with sources, steps and rules")
+    build.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _worker_options(build)
+    _store_options(build)
+    inspect = _add(actions, "inspect", "show what is in a data set and what is not, and write an HTML report")
+    inspect.add_argument(
+        "dataset", nargs="?", help="an artifact id, a folder, or a build's name (default: the last one built)"
+    )
+    inspect.add_argument(
+        "--samples", type=_at_least(0), default=8, help="documents shown in part (default: 8)"
+    )
+    inspect.add_argument(
+        "--reveal", action="store_true", help="show what is personal or secret in samples too"
+    )
+    inspect.add_argument("--out", type=_path, help="where the report goes (default: reports/ in the store)")
+    _store_options(inspect)
+    why = _add(actions, "why", "say why a document is in a data set, or is not")
+    why.add_argument("document", help="its id (a unique beginning will do) or its path (or the end of it)")
+    why.add_argument(
+        "--dataset", help="an artifact id, a folder, or a build's name (default: the last one built)"
+    )
+    why.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _store_options(why)
+    diff = _add(actions, "diff", "say what differs between two data sets, by document and by slice")
+    diff.add_argument("before", help="an artifact id, a folder, or a build's name")
+    diff.add_argument("after", help="another")
+    diff.add_argument(
+        "--rows", type=_at_least(0), default=20, help="documents shown of each kind (default: 20)"
+    )
+    diff.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _store_options(diff)
+    export = _add(actions, "export", "write a data set's card, Croissant metadata, or training summary")
+    export.add_argument(
+        "dataset", nargs="?", help="an artifact id, a folder, or a build's name (default: the last one built)"
+    )
+    export.add_argument(
+        "--format",
+        choices=("card", "croissant", "eu-summary"),
+        default="card",
+        help="Markdown, JSON-LD, or the summary of training content that the EU asks for (default: card)",
+    )
+    export.add_argument("--url", help="where the data set is to be found, for Croissant")
+    export.add_argument("--out", type=_path, help="a file (default: standard output)")
+    _store_options(export)
+
+
+def _add_forget(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "forget", "take a document out of all stored data, and keep it out of later versions")
+    verb.add_argument("document", help="its id (a unique beginning will do) or its path (or the end of it)")
+    verb.add_argument("--reason", default="", help="a remark for the opt-out list")
+    verb.add_argument("--dry-run", action="store_true", help="show what saw it and what would go, and stop")
+    _worker_options(verb)
+    _store_options(verb)
+
+
+def _worker_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--workers", type=_at_least(1), help="processes (default: one for each CPU)")
+    verb.add_argument(
+        "--ray", action="store_true", help="work on a Ray cluster (RAY_ADDRESS, or a local one)"
+    )
 
 
 def _add_report(verbs: _Verbs[argparse.ArgumentParser]) -> None:

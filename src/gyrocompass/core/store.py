@@ -200,6 +200,14 @@ class Store:
             for artifact_id, kind, made, code, counts in rows
         ]
 
+    def folder(self, artifact_id: ArtifactId) -> Path:
+        """Where the folder of an artifact is, or would be."""
+        return self._artifacts / artifact_id
+
+    def folders(self, kind: str) -> list[Path]:
+        """The folders of all artifacts of a kind that are here, whole or damaged."""
+        return sorted(path for path in self._artifacts.glob(f"{kind}-*") if path.is_dir())
+
     def work_dir(self, key: str) -> Path:
         """The folder in which the stage with this key keeps what it goes on from; made if needed."""
         folder = self._work(key)

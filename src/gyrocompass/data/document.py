@@ -13,6 +13,7 @@ among the labels, which objectives read.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections import Counter
@@ -57,6 +58,39 @@ class Step(NamedTuple):
     """1 right, 0 wrong, or between; None where nobody has said."""
 
 
+class Evidence(NamedTuple):
+    """Something that says under which licence a document is; what it amounts to is for others to weigh."""
+
+    kind: str
+    """`header` (SPDX line of the text), `file` (a licence file above it), `copyright` (its package's, DEP-5),
+    `link` (rel="license" of a page), or `record` (a field beside it)."""
+    where: str
+    """The file, and the line or paragraph in it."""
+    says: str
+    """Its own words, or the start of them: an SPDX expression, a short name, a URL, a first line."""
+
+
+class Repair(NamedTuple):
+    """A place of a text that is not what the file's bytes say as UTF-8."""
+
+    kind: str
+    """`charset` (decoded from another one), `mojibake` (decoded wrongly by somebody before), `control`."""
+    start: int
+    end: int
+    """In characters of the text."""
+    detail: str
+    """What was done: `windows-1252`, `latin-1 > utf-8`."""
+
+
+class Provenance(NamedTuple):
+    """What was seen and done where a document's bytes were found."""
+
+    sha256: str
+    """Of the bytes it was made from: a file, a line, a page's body, the texts of a row; 64 hex digits."""
+    evidence: tuple[Evidence, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+
+
 @dataclass(frozen=True)
 class Document:
     """One document. Which content fields are filled depends on `kind`.
@@ -74,6 +108,10 @@ class Document:
         weight: multiplies the weight of each of its tokens; above 0.
         labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
         steps: the steps of its answer, which together are all of it.
+        time: when it was written, as the source itself says it, in UTC; a file system's times say nothing.
+        file_hash: sha256 (64 hex digits) of the file it was read from, where that is known; of an archive for
+            what lies in one.
+        provenance: what raw files say about it; None where it comes from a data set.
         unit: documents that follow each other under one name are read together; a preference is a unit of
             its own.
         group: documents of one group stay on one side of a split; None means that of its unit, or of its own
@@ -101,6 +139,9 @@ class Document:
     unit: str | None = None
     labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     steps: tuple[Step, ...] = ()
+    time: datetime.datetime | None = None
+    file_hash: str | None = None
+    provenance: Provenance | None = None
 
     @cached_property
     def content_hash(self) -> str:
@@ -169,6 +210,10 @@ class Quarantined(NamedTuple):
     source: str = ""
     document_id: str | None = None
     """Where it had already become a document."""
+    offset: int | None = None
+    """The byte it begins at, or where reading had to stop, in the file as it is unpacked."""
+    n_bytes: int | None = None
+    """How much is lost with it, where that is known."""
 
 
 class Skipped(NamedTuple):
@@ -192,6 +237,8 @@ class Tally:
     """UTF-8 bytes by slice."""
     quarantined: Counter[str] = field(default_factory=Counter)
     """Quarantined records by source."""
+    lost_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of quarantined records by source, as far as they are known."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Skipped records by reason."""
 
@@ -203,10 +250,15 @@ class Tally:
                 self.bytes[record.slice] += record.n_bytes
             case Quarantined():
                 self.quarantined[record.source] += 1
+                self.lost_bytes[record.source] += record.n_bytes or 0
             case Skipped():
                 self.skipped[record.reason] += 1
 
 
+_EVIDENCE = pa.list_(pa.struct([(name, pa.string()) for name in Evidence._fields]))
+_REPAIRS = pa.list_(
+    pa.struct([("kind", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("detail", pa.string())])
+)
 DOCUMENT_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -228,6 +280,12 @@ DOCUMENT_SCHEMA = pa.schema(
         ("labels", pa.map_(pa.string(), pa.float64())),
         ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
         ("content_hash", pa.string()),
+        ("time", pa.timestamp("us", tz="UTC")),
+        ("file_hash", pa.string()),
+        (
+            "provenance",
+            pa.struct([("sha256", pa.string()), ("evidence", _EVIDENCE), ("repairs", _REPAIRS)]),
+        ),
     ]
 )
 
@@ -239,6 +297,8 @@ QUARANTINE_SCHEMA = pa.schema(
         ("excerpt", pa.string()),
         ("source", pa.string()),
         ("document_id", pa.string()),
+        ("offset", pa.int64()),
+        ("n_bytes", pa.int64()),
     ]
 )
 
@@ -274,7 +334,7 @@ def write_records(folder: Path, records: Iterable[Record]) -> Tally:
         for record in records:
             tally.add(record)
             if isinstance(record, Document):
-                rows[DOCUMENTS].append(_document_row(record))
+                rows[DOCUMENTS].append(document_row(record))
                 buffered_bytes += record.n_bytes
             elif isinstance(record, Quarantined):
                 rows[QUARANTINED].append(record._asdict())
@@ -292,18 +352,13 @@ def write_documents(folder: Path, documents: Iterable[Document]) -> Tally:
 
 
 def read_documents(folder: Path) -> Iterator[Document]:
-    """The documents that `write_records` wrote, in their order, streamed.
+    """The documents that `write_records` wrote, or that a data set holds in shards, in their order, streamed.
 
     Raises:
         BadInput: the folder holds no documents.
     """
     for row in _rows(folder, DOCUMENTS):
-        row["messages"] = tuple(Message(**message) for message in row["messages"])
-        row["origin_ids"] = tuple(row["origin_ids"])
-        row["labels"] = MappingProxyType(dict(row["labels"]))
-        row["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
-        del row["id"], row["content_hash"]
-        yield Document(**row)
+        yield document_of(row)
 
 
 def read_quarantined(folder: Path) -> Iterator[Quarantined]:
@@ -317,20 +372,46 @@ def read_quarantined(folder: Path) -> Iterator[Quarantined]:
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    path = folder / name
-    if not path.is_file():
+    whole, stem = folder / name, name.removesuffix(".parquet")
+    paths = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*.parquet"))
+    if not paths:
         raise BadInput(
             f"no {name} here: not a folder of documents",
             where=folder,
-            fix="give the folder of a documents stage",
+            fix="give the folder of a documents stage, or of a data set",
         )
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
 
 
-def _document_row(document: Document) -> dict[str, Any]:
+def document_row(document: Document) -> dict[str, Any]:
+    """A document as a row of `DOCUMENT_SCHEMA`."""
     row = {name: getattr(document, name) for name in DOCUMENT_SCHEMA.names}
     messages = [message._asdict() for message in document.messages]
     steps = [step._asdict() for step in document.steps]
-    return row | {"messages": messages, "labels": list(document.labels.items()), "steps": steps}
+    row |= {"messages": messages, "labels": list(document.labels.items()), "steps": steps}
+    if document.provenance is not None:
+        sha256, evidence, repairs = document.provenance
+        noted = {
+            "evidence": [each._asdict() for each in evidence],
+            "repairs": [each._asdict() for each in repairs],
+        }
+        row["provenance"] = {"sha256": sha256, **noted}
+    return row
+
+
+def document_of(row: Mapping[str, Any]) -> Document:
+    """The document of a row; columns that older files lack have their defaults."""
+    fields = {name: value for name, value in row.items() if name not in ("id", "content_hash")}
+    fields["messages"] = tuple(Message(**message) for message in row["messages"])
+    fields["origin_ids"] = tuple(row["origin_ids"])
+    fields["labels"] = MappingProxyType(dict(row["labels"]))
+    fields["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
+    noted = row.get("provenance")
+    if noted is not None:
+        evidence = tuple(Evidence(**each) for each in noted["evidence"])
+        repairs = tuple(Repair(**each) for each in noted["repairs"])
+        fields["provenance"] = Provenance(noted["sha256"], evidence, repairs)
+    return Document(**fields)

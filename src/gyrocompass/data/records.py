@@ -114,13 +114,24 @@ class Place:
     path: str
     line: int
     source: str
+    offset: int | None = None
+    """Of its first byte in the file."""
+    n_bytes: int | None = None
 
     def quarantined(self, reason: str, excerpt: object) -> Quarantined:
         """The record as one that cannot be used."""
-        return Quarantined(self.path, self.line, reason, str(excerpt)[:EXCERPT_LENGTH], self.source)
+        return Quarantined(
+            self.path,
+            self.line,
+            reason,
+            str(excerpt)[:EXCERPT_LENGTH],
+            self.source,
+            offset=self.offset,
+            n_bytes=self.n_bytes,
+        )
 
 
-class _Malformed(Exception):  # noqa: N818
+class Malformed(Exception):  # noqa: N818
     """The reason why a record cannot be used."""
 
 
@@ -135,9 +146,9 @@ def read_record(raw: object, options: RecordOptions, place: Place) -> Document |
     """
     try:
         if not isinstance(raw, Mapping):
-            raise _Malformed(f"not an object with fields but {_type_name(raw)}")
+            raise Malformed(f"not an object with fields but {_type_name(raw)}")
         return _document(raw, options, place)
-    except _Malformed as reason:
+    except Malformed as reason:
         return place.quarantined(str(reason), raw)
 
 
@@ -178,20 +189,20 @@ def _labels(raw: Mapping[str, Any], kind: Kind) -> dict[str, float]:
             label: _number(raw[name], name) for name, label in LABELS.items() if raw.get(name) is not None
         }
         if given.get("desirable", 1.0) not in (0.0, 1.0):
-            raise _Malformed(f"label is {raw['label']}; it is true (desirable) or false")
+            raise Malformed(f"label is {raw['label']}; it is true (desirable) or false")
         labels |= given
     named = raw.get("labels")
     if named is None:
         return labels
     if not isinstance(named, Mapping):
-        raise _Malformed(f"labels is not an object of numbers by name but {_type_name(named)}")
+        raise Malformed(f"labels is not an object of numbers by name but {_type_name(named)}")
     for name, value in named.items():
         if value is None:
             continue
         if name in labels:
-            raise _Malformed(f"the label {name} is given twice, in labels and as a field")
+            raise Malformed(f"the label {name} is given twice, in labels and as a field")
         if kind == "preference" and name == SIDES:
-            raise _Malformed(f"labels.{SIDES} is what chosen and rejected say already")
+            raise Malformed(f"labels.{SIDES} is what chosen and rejected say already")
         labels[_text(name, "a name in labels")] = _number(value, f"labels.{name}")
     return labels
 
@@ -199,13 +210,13 @@ def _labels(raw: Mapping[str, Any], kind: Kind) -> dict[str, float]:
 def _number(value: Any, name: str) -> float:
     """A label, true and false being 1 and 0."""
     if not isinstance(value, bool | int | float):
-        raise _Malformed(f"{name} is not a number but {_type_name(value)}")
+        raise Malformed(f"{name} is not a number but {_type_name(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not abs(number) <= _GREATEST_WEIGHT:
-        raise _Malformed(f"{name} is {value}, which is no finite number of float32")
+        raise Malformed(f"{name} is {value}, which is no finite number of float32")
     return number
 
 
@@ -239,16 +250,16 @@ def _content(raw: Mapping[str, Any], options: RecordOptions) -> tuple[Kind, dict
             return "preference", _preference(values, gold)
         case []:
             fields = ", ".join(map(str, raw)) or "none"
-            raise _Malformed(
+            raise Malformed(
                 "none of text, messages, prompt + completion, prompt + steps, prompt + chosen + rejected; "
                 f"fields: {fields}"
             )
         case ["prompt"] | ["completion"]:
-            raise _Malformed("prompt and completion belong together, and one is missing")
+            raise Malformed("prompt and completion belong together, and one is missing")
         case ["chosen", *_] | ["rejected"] | ["prompt", "rejected"]:
-            raise _Malformed("chosen and rejected belong together, and one is missing")
+            raise Malformed("chosen and rejected belong together, and one is missing")
         case found:
-            raise _Malformed(f"more than one content: {', '.join(found)}")
+            raise Malformed(f"more than one content: {', '.join(found)}")
 
 
 def _preference(values: Mapping[ContentField, Any], gold: Any) -> dict[str, Any]:
@@ -258,7 +269,7 @@ def _preference(values: Mapping[ContentField, Any], gold: Any) -> dict[str, Any]
     prompt = values.get("prompt")
     if prompt is None:
         if not all(isinstance(answer, list) for answer in answers):
-            raise _Malformed(f"{', '.join(names[: len(answers)])} without a prompt are not lists of messages")
+            raise Malformed(f"{', '.join(names[: len(answers)])} without a prompt are not lists of messages")
         shortest = min(map(len, answers))
         shared = 0
         while shared < shortest and all(answer[shared] == answers[0][shared] for answer in answers):
@@ -269,7 +280,7 @@ def _preference(values: Mapping[ContentField, Any], gold: Any) -> dict[str, Any]
     asked = _asked(prompt)
     said = [_answer(answer, name) for answer, name in zip(answers, names, strict=False)]
     if said[0] == said[1]:
-        raise _Malformed("chosen and rejected are the same")
+        raise Malformed("chosen and rejected are the same")
     return asked | dict(zip(("text", "rejected", "gold"), said, strict=False))
 
 
@@ -277,20 +288,20 @@ def _steps(value: Any) -> tuple[str, tuple[Step, ...]]:
     """An answer in steps as one text, and where each step ends."""
     if not isinstance(value, list) or not value:
         found = "an empty one" if value == [] else _type_name(value)
-        raise _Malformed(f"steps is not a list of objects but {found}")
+        raise Malformed(f"steps is not a list of objects but {found}")
     said, steps = "", []
     for index, entry in enumerate(value):
         where = f"steps[{index}]"
         if not isinstance(entry, Mapping):
-            raise _Malformed(f"{where} is not an object but {_type_name(entry)}")
+            raise Malformed(f"{where} is not an object but {_type_name(entry)}")
         said += _text(entry.get("text"), f"{where}.text")
         reward = entry.get("reward")
         number = None if reward is None else _number(reward, f"{where}.reward")
         if number is not None and not 0 <= number <= 1:
-            raise _Malformed(f"{where}.reward is {reward}; it is true (right), false, or between 0 and 1")
+            raise Malformed(f"{where}.reward is {reward}; it is true (right), false, or between 0 and 1")
         steps.append(Step(len(said), number))
     if all(step.reward is None for step in steps):
-        raise _Malformed("no step has a reward")
+        raise Malformed("no step has a reward")
     return said, tuple(steps)
 
 
@@ -307,44 +318,44 @@ def _answer(value: Any, name: str) -> str:
         return _text(value, name)
     turns = _turns(value, name)
     if len(turns) != 1 or turns[0].role != "assistant":
-        raise _Malformed(f"{name} is not one message of the assistant but {len(turns)} messages")
+        raise Malformed(f"{name} is not one message of the assistant but {len(turns)} messages")
     return _text(turns[0].content, name)
 
 
 def _turns(value: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         found = "an empty one" if value == [] else _type_name(value)
-        raise _Malformed(f"{name} is not a list of messages but {found}")
+        raise Malformed(f"{name} is not a list of messages but {found}")
     return tuple(_message(entry, f"{name}[{index}]") for index, entry in enumerate(value))
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
     messages = _turns(value, "messages")
     if not any(message.role == "assistant" and message.content.strip() for message in messages):
-        raise _Malformed("no assistant message that says something")
+        raise Malformed("no assistant message that says something")
     return messages
 
 
 def _message(entry: Any, where: str) -> Message:
     if not isinstance(entry, Mapping):
-        raise _Malformed(f"{where} is not an object but {_type_name(entry)}")
+        raise Malformed(f"{where} is not an object but {_type_name(entry)}")
     role = entry.get("role")
     if role not in ROLES:
-        raise _Malformed(f"{where}.role is {role!r}; known: {', '.join(ROLES)}")
+        raise Malformed(f"{where}.role is {role!r}; known: {', '.join(ROLES)}")
     if entry.get("tool_calls"):
-        raise _Malformed(f"{where} calls tools, which is not read")
+        raise Malformed(f"{where} calls tools, which is not read")
     return Message(role, _text(entry.get("content"), f"{where}.content", may_be_blank=True))
 
 
 def _text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
-        raise _Malformed(f"{name} is not a text but {_type_name(value)}")
+        raise Malformed(f"{name} is not a text but {_type_name(value)}")
     if not may_be_blank and not value.strip():
-        raise _Malformed(f"{name} is empty")
+        raise Malformed(f"{name} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _Malformed(f"{name} holds half of a surrogate pair, which is not Unicode text") from None
+        raise Malformed(f"{name} holds half of a surrogate pair, which is not Unicode text") from None
     return value
 
 
@@ -354,7 +365,7 @@ def _optional(raw: Mapping[str, Any], name: str, types: tuple[type, ...]) -> str
     if value is None:
         return None
     if not isinstance(value, types) or isinstance(value, bool):
-        raise _Malformed(f"{name} is not a text but {_type_name(value)}")
+        raise Malformed(f"{name} is not a text but {_type_name(value)}")
     return _text(str(value), name)
 
 
@@ -362,7 +373,7 @@ def _slice(raw: Mapping[str, Any]) -> str | None:
     name = _optional(raw, "slice", (str,))
     fault = None if name is None else _slice_fault(name)
     if fault:
-        raise _Malformed(fault)
+        raise Malformed(fault)
     return name
 
 
@@ -371,7 +382,7 @@ def _weight(raw: Mapping[str, Any], options: RecordOptions) -> float:
     if value is None:
         return options.weight
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Malformed(f"weight is not a number but {_type_name(value)}")
+        raise Malformed(f"weight is not a number but {_type_name(value)}")
     try:
         weight = float(value) * options.weight
     except OverflowError:
@@ -379,7 +390,7 @@ def _weight(raw: Mapping[str, Any], options: RecordOptions) -> float:
     fault = _weight_fault(weight)
     if fault:
         times = "" if options.weight == 1 else f" times the source's {options.weight}"
-        raise _Malformed(f"weight is {value}{times}; {fault}")
+        raise Malformed(f"weight is {value}{times}; {fault}")
     return weight
 
 

@@ -6,6 +6,9 @@
       - jsonl: {path: "chats/*.jsonl.gz", licence: CC-BY-4.0}
       - parquet: {path: export, fields: {text: content}}
       - datasets: {path: saved, split: train}
+      - dataset: {path: gyro-store/datasets/notes.json}
+      - ingest: {path: "dumps/*.tar.gz", html: resiliparse}
+      - debian: {packages: ["*-doc", fortunes*]}
 
     sources --read_sources--> Document | Quarantined | Skipped, one after the other
 
@@ -13,9 +16,10 @@ A record that two sources have in common is read once. A source that yields no d
 with more than a set share of malformed records: a broken export should stop a run before it trains on what is
 left. The share is that of all its records. A file whose name is not UTF-8 is quarantined.
 
-`files` reads program and prose files whole, one document a file, and files of records by their suffix. Text
-is UTF-8; Windows line ends become plain ones. Hidden files and folders are left out, links to folders are not
-followed.
+`ingest` reads raw files of any kind, archives and web pages among them, and notes where each document comes
+from (`gyrocompass.data.ingest`); the others read what is a data set already. `files` reads program and prose
+files whole, one document a file, and files of records by their suffix. Text is UTF-8; Windows line ends
+become plain ones. Hidden files and folders are left out, links to folders are not followed.
 """
 
 from __future__ import annotations
@@ -29,44 +33,16 @@ from pydantic import Field, model_validator
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput
-from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined, Record, Skipped
+from gyrocompass.data.curate.versions import find_dataset
+from gyrocompass.data.debian import DebianSource, fingerprint_debian, read_debian
+from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined, Record, Skipped, read_documents
+from gyrocompass.data.filetypes import CODE_LANGUAGES, JSONL_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES
+from gyrocompass.data.ingest.config import IngestSource
+from gyrocompass.data.ingest.read import read_ingest
+from gyrocompass.data.paths import is_unnamed, matched, unnamed
 from gyrocompass.data.records import Labels, RecordOptions
 from gyrocompass.data.stdlib import StdlibSource, fingerprint_stdlib, read_stdlib
 from gyrocompass.data.tables import is_dataset_folder, read_dataset, read_jsonl, read_parquet
-
-CODE_LANGUAGES = {
-    suffix: language
-    for language, suffixes in {
-        "bash": ".sh .bash",
-        "c": ".c .h",
-        "c++": ".cc .cpp .cxx .hh .hpp .cu .cuh",
-        "c#": ".cs",
-        "css": ".css",
-        "fortran": ".f90",
-        "go": ".go",
-        "haskell": ".hs",
-        "java": ".java",
-        "javascript": ".js .jsx .mjs",
-        "julia": ".jl",
-        "kotlin": ".kt",
-        "lua": ".lua",
-        "perl": ".pl .pm",
-        "php": ".php",
-        "python": ".py .pyi",
-        "r": ".r",
-        "ruby": ".rb",
-        "rust": ".rs",
-        "scala": ".scala",
-        "sql": ".sql",
-        "swift": ".swift",
-        "typescript": ".ts .tsx",
-        "zig": ".zig",
-    }.items()
-    for suffix in suffixes.split()
-}
-TEXT_SUFFIXES = {".md", ".rst", ".tex", ".txt"}
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-PARQUET_SUFFIXES = (".parquet",)
 
 LISTED_TWICE = "listed twice, read before"
 
@@ -99,6 +75,13 @@ class DatasetsSource(RecordOptions):
     split: str | None = None
 
 
+class DatasetSource(Config):
+    """A data set that `gyro data build` made: its documents as they are, ids and all."""
+
+    path: str = Field(min_length=1)
+    """Its folder in a store, or `datasets/NAME.json` of a store: the last one of a name."""
+
+
 class Source(Config):
     """One source; exactly one of the keys."""
 
@@ -107,6 +90,9 @@ class Source(Config):
     jsonl: JsonlSource | None = None
     parquet: ParquetSource | None = None
     datasets: DatasetsSource | None = None
+    dataset: DatasetSource | None = None
+    ingest: IngestSource | None = None
+    debian: DebianSource | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
@@ -162,6 +148,10 @@ def fingerprint(source: Source) -> str:
     """
     if source.stdlib is not None:
         return fingerprint_stdlib()
+    if source.debian is not None:
+        return fingerprint_debian(source.debian)
+    if source.dataset is not None:
+        return find_dataset(Path(source.dataset.path)).manifest.content_hash
     digest = hashlib.sha256()
     for path in _paths(source):
         digest.update(f"{path.as_posix()}\0".encode(errors="surrogateescape"))
@@ -184,13 +174,28 @@ def _too_many(source: Source, quarantined: list[Quarantined], n_records: int, mo
 
 
 def _where(source: Source) -> str:
-    located = source.files or source.jsonl or source.parquet or source.datasets
-    return located.path if located else "the standard library"
+    for located in (
+        source.files,
+        source.jsonl,
+        source.parquet,
+        source.datasets,
+        source.dataset,
+        source.ingest,
+    ):
+        if located:
+            return located.path
+    return source.debian.root if source.debian else "the standard library"
 
 
 def _read(source: Source) -> Iterator[Record]:
     if source.stdlib:
         yield from read_stdlib(source.stdlib)
+    elif source.ingest:
+        yield from read_ingest(source.ingest)
+    elif source.debian:
+        yield from read_debian(source.debian)
+    elif source.dataset:
+        yield from read_documents(find_dataset(Path(source.dataset.path), verify=True).path)
     elif source.files:
         yield from _read_files(source.files)
     elif source.datasets:
@@ -202,21 +207,7 @@ def _read(source: Source) -> Iterator[Record]:
         read = read_jsonl if source.jsonl else read_parquet
         for path in _paths(source):
             name = options.name or options.path
-            yield from [_unnamed(path, name)] if _is_unnamed(path) else read(path, options, name)
-
-
-def _is_unnamed(path: Path) -> bool:
-    """Whether the path is not UTF-8: Python holds its odd bytes as lone surrogates, which are no text."""
-    try:
-        path.as_posix().encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _unnamed(path: Path, source: str) -> Quarantined:
-    shown = path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return Quarantined(shown, None, "the file's name is not UTF-8", "", source)
+            yield from [unnamed(path, name)] if is_unnamed(path) else read(path, options, name)
 
 
 def _read_files(config: FilesSource) -> Iterator[Record]:
@@ -225,9 +216,9 @@ def _read_files(config: FilesSource) -> Iterator[Record]:
     if is_dataset_folder(Path(config.path)):
         yield from read_dataset(Path(config.path), None, options, name)
         return
-    for path in _matched(config.path, config.include):
-        if _is_unnamed(path):
-            yield _unnamed(path, name)
+    for path in matched(config.path, config.include):
+        if is_unnamed(path):
+            yield unnamed(path, name)
         elif path.name.endswith(JSONL_SUFFIXES):
             yield from read_jsonl(path, options, name)
         elif path.name.endswith(PARQUET_SUFFIXES):
@@ -273,43 +264,12 @@ def _paths(source: Source) -> list[Path]:
         BadInput: there are none.
     """
     if source.jsonl:
-        return _matched(source.jsonl.path, tuple(f"**/*{suffix}" for suffix in JSONL_SUFFIXES))
+        return matched(source.jsonl.path, tuple(f"**/*{suffix}" for suffix in JSONL_SUFFIXES))
     if source.parquet:
-        return _matched(source.parquet.path, tuple(f"**/*{suffix}" for suffix in PARQUET_SUFFIXES))
+        return matched(source.parquet.path, tuple(f"**/*{suffix}" for suffix in PARQUET_SUFFIXES))
     if source.datasets:
-        return _matched(source.datasets.path, ())
+        return matched(source.datasets.path, ())
+    if source.ingest:
+        return matched(source.ingest.path, source.ingest.include)
     assert source.files
-    return _matched(source.files.path, source.files.include)
-
-
-def _matched(path: str, include: tuple[str, ...]) -> list[Path]:
-    """A file itself; a folder's files, or those of them that match `include`; or what a pattern matches."""
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = [file for pattern in include for file in place.glob(pattern)] if include else _below(place)
-        fix = (
-            "give patterns that match files below the folder, such as **/*.txt"
-            if include
-            else "put files there"
-        )
-    elif any(character in path for character in "*?["):
-        start = Path(place.anchor)
-        found = list(start.glob(place.relative_to(start).as_posix()))
-        fix = "check the pattern; ** stands for any folders, a relative pattern starts in the current folder"
-    else:
-        raise BadInput("no such file or folder", where=path, fix=f"a relative path starts in {Path.cwd()}")
-    files = sorted({file for file in found if file.is_file()})
-    if not files:
-        raise BadInput("no file matches", where=f"{path} {' '.join(include)}".strip(), fix=fix)
-    return files
-
-
-def _below(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return found
+    return matched(source.files.path, source.files.include)

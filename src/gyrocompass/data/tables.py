@@ -14,16 +14,17 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.data.document import EXCERPT_LENGTH, Document, Quarantined, Record, Skipped
-from gyrocompass.data.records import ContentField, Place, RecordOptions, read_record
+from gyrocompass.data.lines import Line, bounded_lines
+from gyrocompass.data.records import ContentField, Malformed, Place, RecordOptions, read_record
 
 _DATASET, _DATASET_DICT = "state.json", "dataset_dict.json"
 _SAVE_AGAIN = "save it again with save_to_disk() of `datasets`"
@@ -37,14 +38,17 @@ def is_dataset_folder(folder: Path) -> bool:
 def read_jsonl(path: Path, options: RecordOptions, source: str) -> Iterator[Record]:
     """Read a file with one JSON object a line, in UTF-8, gzip-compressed if its name ends with .gz.
 
+    A line of more than `MAX_LINE_BYTES` is quarantined without being held.
+
     Raises:
         BadInput: the compressed file is cut short or damaged.
     """
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                yield _jsonl_record(line, options, Place(path.as_posix(), number, source))
+            for line in bounded_lines(file):
+                number = line.number
+                yield jsonl_record(line, options, path.as_posix(), source)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadInput(
             f"the compressed file is damaged: {error}",
@@ -57,29 +61,58 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def _jsonl_record(line: bytes, options: RecordOptions, place: Place) -> Record:
-    if not line.strip():
-        return Skipped(f"{place.path}:{place.line}", "empty line", place.source)
-    excerpt = line[:EXCERPT_LENGTH].decode("utf-8", "replace")
+def jsonl_record(
+    line: Line,
+    options: RecordOptions,
+    path: str,
+    source: str,
+    shape: Callable[[object], object] = lambda raw: raw,
+) -> Record:
+    """One line as a document, or why it is none.
+
+    Args:
+        line: see `bounded_lines`.
+        options: see `read_record`.
+        path: of its file.
+        source: the name of its collection.
+        shape: brings records that other tools wrote into the house's shape; its `Malformed` is the reason.
+    """
+    place = Place(path, line.number, source, line.offset, line.n_bytes)
+    if not line.data.strip():
+        return Skipped(f"{path}:{line.number}", "empty line", source)
+    excerpt = line.data[:EXCERPT_LENGTH].decode("utf-8", "replace")
+    if line.is_too_long:
+        return place.quarantined(f"a line of {line.n_bytes:,} bytes, which is too long", excerpt)
     try:
-        raw = json.loads(line.decode("utf-8-sig" if place.line == 1 else "utf-8"))
+        raw = json.loads(line.data.decode("utf-8-sig" if line.number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return place.quarantined(f"not UTF-8: {error.reason} at byte {error.start}", excerpt)
     except (ValueError, RecursionError) as error:
         return place.quarantined(f"not JSON: {error}", excerpt)
-    return read_record(raw, options, place)
+    try:
+        return read_record(shape(raw), options, place)
+    except Malformed as reason:
+        return place.quarantined(str(reason), raw)
 
 
-def read_parquet(path: Path, options: RecordOptions, source: str) -> Iterator[Record]:
+def read_parquet(
+    path: Path, options: RecordOptions, source: str, file: IO[bytes] | None = None
+) -> Iterator[Record]:
     """Read the rows of a Parquet file, counted from 1.
+
+    Args:
+        path: its place.
+        options: see `read_record`.
+        source: the name of its collection.
+        file: its bytes, where they do not lie at `path`, such as those of an archive's member; seekable.
 
     Raises:
         BadInput: it is not a Parquet file, or damaged, or has no column that holds content.
     """
     try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, options, path)
-            yield from _table_records(file.iter_batches(batch_size=1024), options, path, source)
+        with pq.ParquetFile(file or path) as table:
+            _check_columns(table.schema_arrow.names, options, path)
+            yield from _table_records(table.iter_batches(batch_size=1024), options, path, source)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(
             f"the Parquet file cannot be read: {error}", where=path, fix="copy or write it again"

@@ -22,7 +22,7 @@ from gyrocompass.core.config import Config, LoadedYaml, MistakesBelow, load_yaml
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.recipe.plan import reference_mistakes
 from gyrocompass.recipe.stages.alignment import AlignmentStage
-from gyrocompass.recipe.stages.corpus import DocumentsStage, PairsStage, SplitStage
+from gyrocompass.recipe.stages.corpus import CuratedStage, DocumentsStage, PairsStage, SplitStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStage
 from gyrocompass.recipe.stages.score import CompletionsStage, ScoreStage
@@ -33,6 +33,7 @@ from gyrocompass.train.metrics import MlflowConfig, mlflow_if_installed
 
 AnyStage = Annotated[
     DocumentsStage
+    | CuratedStage
     | SplitStage
     | PairsStage
     | PreferencesStage

@@ -146,7 +146,8 @@ class StageFacts(NamedTuple):
 def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
     """Write the run's report into `folder` and return its path."""
     # Matplotlib and Jinja take a while to import, and only this function needs them.
-    from gyrocompass.recipe.report_plots import COLOURS, MARKERS, loss_plot, score_plot, shade, weight_plot
+    from gyrocompass.recipe.report_plots import loss_plot, score_plot, shade, weight_plot
+    from gyrocompass.recipe.svg import COLOURS, MARKERS
 
     groups, trained = score_groups(record, store), trainings(record, store)
     slices = sorted({name for training in trained for name in training.slices})

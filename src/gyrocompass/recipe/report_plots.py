@@ -1,20 +1,11 @@
-"""The plots of a report, as SVG that takes its colours and its font from the page it stands in.
-
-Colours are drawn as marks (`_mark`) that become CSS variables afterwards, so that one drawing serves the
-light and the dark scheme; text stays text. Each plot is drawn for a wide and for a narrow page, as text in
-an SVG that is scaled down cannot be read. The output depends on the data alone: no dates, no random ids.
-
-Through Matplotlib's object API alone: no `pyplot`, no state of the process.
+"""The plots of a run's report, drawn as `gyrocompass.recipe.svg` says.
 
 Shape legend: K points of a curve.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,35 +13,9 @@ import numpy as np
 from gyrocompass.measure.intervals import SliceScore
 from gyrocompass.recipe.report_scores import SliceGroup
 from gyrocompass.recipe.report_training import Curve, FloatArray, Training
+from gyrocompass.recipe.svg import COLOURS, DASHES, both, caption, mark, marker, series, style
 
-WIDE, NARROW = 1080, 380
-"""Widths in CSS pixels."""
-COLOURS = 6
-"""Series colours of the page, `--series-0` and so on; they tell apart with any colour vision."""
-MARKERS = {"o": "\u25cf", "s": "\u25a0", "^": "\u25b2", "D": "\u25c6", "v": "\u25bc", "P": "\u271a"}
-"""Matplotlib's markers, and how the page's legends write them."""
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-"""Of the first six series, of the next six, and so on."""
 MOST_POINTS = 700
-FONT_SIZE = 12
-
-
-def _mark(variable: str) -> str:
-    """A colour that no drawing uses, which stands for a CSS variable."""
-    return f"#5e77{_VARIABLES.index(variable):02x}"
-
-
-_VARIABLES = ["ink", "muted", "grid", *(f"series-{index}" for index in range(COLOURS))]
-
-
-def series(index: int) -> str:
-    """The CSS variable of a series' colour."""
-    return f"series-{index % COLOURS}"
-
-
-def marker(index: int) -> str:
-    """A series' marker."""
-    return list(MARKERS)[index % len(MARKERS)]
 
 
 def loss_plot(training: Training, order: Sequence[str]) -> str:
@@ -66,22 +31,22 @@ def loss_plot(training: Training, order: Sequence[str]) -> str:
         loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(5, 1, 1))
         for index, curve in curves:
             _draw_curve(loss, index, curve)
-        _label(loss, "nats per token")
+        caption(loss, "nats per token")
         _draw_series(rate, training, "learning_rate", "learning rate")
         _draw_series(norm, training, "gradient_norm", "gradient norm")
         if training.clip_norm is not None:
-            norm.axhline(training.clip_norm, color=_mark("muted"), linewidth=0.8, linestyle=(0, (4, 3)))
+            norm.axhline(training.clip_norm, color=mark("muted"), linewidth=0.8, linestyle=(0, (4, 3)))
         if training.best_step is not None:
-            loss.axvline(training.best_step, color=_mark("muted"), linewidth=0.8)
-        norm.set_xlabel("step", color=_mark("muted"))
+            loss.axvline(training.best_step, color=mark("muted"), linewidth=0.8)
+        norm.set_xlabel("step", color=mark("muted"))
         norm.locator_params(axis="x", integer=True)
         norm.set_xlim(0, 1.01 * max((row["step"] for row in training.steps), default=1))
 
-    return _both(f"loss-{training.stage}", f"Loss of {training.stage} by slice", 430, draw)
+    return both(f"loss-{training.stage}", f"Loss of {training.stage} by slice", 430, draw)
 
 
 def _draw_curve(axes: Any, index: int, curve: Curve) -> None:
-    colour, dashes = _mark(series(index)), DASHES[index // COLOURS % len(DASHES)]
+    colour, dashes = mark(series(index)), DASHES[index // COLOURS % len(DASHES)]
     axes.plot(*_thinned(curve.step_K, curve.nats_K), color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(*_thinned(curve.step_K, curve.smooth_K), color=colour, linewidth=1.7, linestyle=dashes)
     if curve.held_out:
@@ -94,7 +59,7 @@ def _draw_curve(axes: Any, index: int, curve: Curve) -> None:
             linestyle=(0, (2, 2)),
             marker=marker(index),
             markersize=5.5,
-            markeredgecolor=_mark("ink"),
+            markeredgecolor=mark("ink"),
             markeredgewidth=0.6,
         )
 
@@ -103,10 +68,10 @@ def _draw_series(axes: Any, training: Training, key: str, label: str) -> None:
     rows = [row for row in training.steps if row[key] is not None]
     step_K = np.array([row["step"] for row in rows], dtype=np.float64)
     value_K = np.array([row[key] for row in rows], dtype=np.float64)
-    axes.plot(*_thinned(step_K, value_K), color=_mark("ink"), linewidth=1.0)
+    axes.plot(*_thinned(step_K, value_K), color=mark("ink"), linewidth=1.0)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="y", nbins=2)
-    _label(axes, label)
+    caption(axes, label)
 
 
 def weight_plot(training: Training) -> str:
@@ -116,15 +81,15 @@ def weight_plot(training: Training) -> str:
     def draw(figure: Any) -> None:
         rows = figure.subplots(len(paths), 1, sharex=True, squeeze=False)[:, 0]
         for axes, path in zip(rows, paths, strict=True):
-            axes.plot(*_thinned(path.step_K, path.weight_K), color=_mark("ink"), linewidth=1.0)
+            axes.plot(*_thinned(path.step_K, path.weight_K), color=mark("ink"), linewidth=1.0)
             axes.locator_params(axis="y", nbins=2)
-            _label(axes, f"weight of {path.of} {path.name}")
-        rows[-1].set_xlabel("step", color=_mark("muted"))
+            caption(axes, f"weight of {path.of} {path.name}")
+        rows[-1].set_xlabel("step", color=mark("muted"))
         rows[-1].locator_params(axis="x", integer=True)
 
     if not paths:
         return ""
-    return _both(f"weights-{training.stage}", f"Weights of {training.stage}", 50 + 75 * len(paths), draw)
+    return both(f"weights-{training.stage}", f"Weights of {training.stage}", 50 + 75 * len(paths), draw)
 
 
 def score_plot(groups: Sequence[SliceGroup]) -> str:
@@ -142,16 +107,16 @@ def score_plot(groups: Sequence[SliceGroup]) -> str:
                     _draw_score(axes, row.score, top + model, model, shade(model, len(group.rows)))
             top += len(group.rows) + 1
             if group is not groups[-1]:
-                axes.axhline(top - 1, color=_mark("grid"), linewidth=0.8)
+                axes.axhline(top - 1, color=mark("grid"), linewidth=0.8)
         axes.set_ylim(top - 1, -1)
         axes.set_yticks(middles, [group.slice for group in groups])
         for text in axes.get_yticklabels():
             text.set_parse_math(False)
-        _style(axes, "x")
-        axes.tick_params(axis="y", labelcolor=_mark("ink"))
-        axes.set_xlabel("nats per token", color=_mark("muted"))
+        style(axes, "x")
+        axes.tick_params(axis="y", labelcolor=mark("ink"))
+        axes.set_xlabel("nats per token", color=mark("muted"))
 
-    return _both("scores", "Nats per token by slice and model", 50 + 15 * n_rows, draw)
+    return both("scores", "Nats per token by slice and model", 50 + 15 * n_rows, draw)
 
 
 def shade(model: int, models: int) -> float:
@@ -160,7 +125,7 @@ def shade(model: int, models: int) -> float:
 
 
 def _draw_score(axes: Any, score: SliceScore, place: float, model: int, alpha: float) -> None:
-    look = {"color": _mark("ink"), "alpha": alpha}
+    look = {"color": mark("ink"), "alpha": alpha}
     low, high = score.nats_per_token_low, score.nats_per_token_high
     if low is not None and high is not None:
         axes.plot([low, high], [place, place], linewidth=1.6, solid_capstyle="butt", **look)
@@ -168,84 +133,7 @@ def _draw_score(axes: Any, score: SliceScore, place: float, model: int, alpha: f
     axes.plot([score.nats_per_token], [place], marker=marker(model), markersize=5, markeredgewidth=0, **look)
 
 
-# --- the page's own look ---
-
-
-def _label(axes: Any, text: str) -> None:
-    """What is drawn, over the axes: it needs no room at the side."""
-    title = axes.set_title(text, loc="left", fontsize=FONT_SIZE, color=_mark("muted"), pad=4)
-    title.set_parse_math(False)
-    _style(axes, "y")
-
-
-def _style(axes: Any, grid_axis: str) -> None:
-    axes.patch.set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis=grid_axis, color=_mark("grid"), linewidth=0.8)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_mark("muted"))
-    axes.tick_params(length=3, color=_mark("muted"), labelcolor=_mark("muted"), labelsize=FONT_SIZE)
-    axes.tick_params(axis="y", length=0)
-
-
 def _thinned(x_K: FloatArray, y_K: FloatArray) -> tuple[FloatArray, FloatArray]:
     """At most `MOST_POINTS` of the points, evenly spaced, the last among them."""
     stride = -(-len(x_K) // MOST_POINTS) or 1
     return x_K[::-1][::stride][::-1], y_K[::-1][::stride][::-1]
-
-
-def _both(name: str, title: str, height: int, draw: Callable[[Any], None]) -> str:
-    """The drawing for wide and for narrow pages; the page's CSS shows one of them."""
-    return "\n".join(
-        _svg(f"{name}-{kind}", title, width, height, kind, draw)
-        for kind, width in (("wide", WIDE), ("narrow", NARROW))
-    )
-
-
-def _svg(name: str, title: str, width: int, height: int, kind: str, draw: Callable[[Any], None]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": FONT_SIZE}):
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        figure.patch.set_visible(False)
-        draw(figure)
-        with warnings.catch_warnings():
-            # The page's font is not Matplotlib's, so what that one lacks does not matter.
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-            figure.savefig(buffer, format="svg", metadata=dict.fromkeys(_METADATA))
-    text = buffer.getvalue()
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<[^>]*>", lambda tag: _adapted(tag.group(), name), body)
-    opening = (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
-    )
-    return f'{opening} aria-label="{_attribute(title)}">{body}'
-
-
-_METADATA = ("Creator", "Date", "Format", "Type")
-
-
-def _adapted(tag: str, name: str) -> str:
-    """One tag with the page's colours and font, and with ids that no other drawing has."""
-    tag = re.sub(r"#5e77([0-9a-f]{2})", lambda mark: f"var(--{_VARIABLES[int(mark.group(1), 16)]})", tag)
-    # One form or the other, by Matplotlib's version.
-    tag = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*", _page_font, tag)
-    tag = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{_identifier(name)}-", tag)
-    return tag.replace("xlink:href", "href")
-
-
-def _page_font(style: re.Match[str]) -> str:
-    size = style.group(1)
-    return f"font: {size} var(--font)" if size else "font-family: var(--font)"
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from gyrocompass.core.artifact import DocumentRow, Draft
-from gyrocompass.data.document import Document, Quarantined, Record, Tally, read_documents, write_records
+from gyrocompass.core.artifact import Artifact, DocumentRow, Draft
+from gyrocompass.core.lineage_graph import KEPT
+from gyrocompass.data.curate.build import Builder
+from gyrocompass.data.curate.config import BuildConfig
+from gyrocompass.data.curate.executor import LocalExecutor
+from gyrocompass.data.curate.optout import STORE_LIST, read_opt_out, without
+from gyrocompass.data.curate.reading import link
+from gyrocompass.data.curate.versions import find_dataset
+from gyrocompass.data.document import (
+    QUARANTINED,
+    Document,
+    Quarantined,
+    Record,
+    Tally,
+    read_documents,
+    write_records,
+)
 from gyrocompass.data.sources import Source, fingerprint, read_sources
 from gyrocompass.data.split import Side, side
 from gyrocompass.data.stdlib import pairs
@@ -29,10 +45,41 @@ class DocumentsStage(Stage):
         """The state of the sources' files."""
         return [fingerprint(source) for source in self.sources]
 
+    def origins(self) -> dict[str, Artifact]:
+        """The data sets among the sources."""
+        paths = [source.dataset.path for source in self.sources if source.dataset is not None]
+        return {f"dataset.{number}": find_dataset(Path(path)) for number, path in enumerate(paths)}
+
     def run(self, workplace: Workplace, draft: Draft) -> None:
-        """Writes documents.parquet and quarantined.parquet."""
+        """Writes documents.parquet and quarantined.parquet, without what the store's opt-out list covers."""
         records = read_sources(self.sources, max_quarantined_share=self.max_quarantined_share)
-        write_stage_records(draft, counting(records, workplace))
+        opt_out = read_opt_out([workplace.store.root / STORE_LIST])
+        write_stage_records(draft, counting(without(records, opt_out), workplace))
+
+
+class CuratedStage(Stage):
+    """Documents of a data set that is built here: read, looked at, decided, each drop with its reason."""
+
+    kind: Literal["curated"] = "curated"
+    makes: ClassVar[str] = "documents"
+    build: BuildConfig
+
+    def outside(self) -> Any:
+        """The state of the sources' files, and the opt-out lists."""
+        opt_out = read_opt_out(map(Path, self.build.opt_out))
+        return [[fingerprint(source) for source in self.build.sources], opt_out.digest]
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Builds the data set into the store, and takes its documents as they are."""
+        with LocalExecutor() as executor:
+            built = Builder(workplace.store, executor, workplace.progress).build(self.build)
+        for path in sorted(built.dataset.path.glob("documents-*.parquet")):
+            link(path, draft.path / path.name)
+        link(built.dataset.path / QUARANTINED, draft.path / QUARANTINED)
+        draft.parents["dataset"] = built.dataset.id
+        draft.counts |= {**built.dataset.manifest.counts, "skipped": built.corpus.manifest.counts["skipped"]}
+        rows = workplace.store.documents(built.dataset.id)
+        draft.documents = [row for row in rows if row.status == KEPT]
 
 
 class SplitStage(Stage):

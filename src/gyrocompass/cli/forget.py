@@ -1,0 +1,65 @@
+"""`gyro forget`: a document is taken out of what is stored, and no later version reads it."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from gyrocompass.cli.data import executor_of
+from gyrocompass.core.progress import Progress
+from gyrocompass.core.store import Store
+from gyrocompass.data.curate.build import Builder
+from gyrocompass.data.curate.forget import Forgetting, Forgotten, carry_out, plan_to_forget
+from gyrocompass.data.curate.versions import read_facts
+
+
+def forget(options: argparse.Namespace) -> int:
+    """Say what saw the document and, unless it is a dry run, take it out."""
+    store = Store(options.store, options.store_url, make=False)
+    forgetting = plan_to_forget(store, options.document)
+    console = Console()
+    _show_plan(forgetting, console)
+    if options.dry_run:
+        console.print("nothing was changed: this was a dry run")
+        return 0
+    with executor_of(options) as executor, Progress() as progress:
+        done = carry_out(Builder(store, executor, progress), forgetting, options.reason)
+    _show_done(forgetting, done, console)
+    return 0
+
+
+def _show_plan(forgetting: Forgetting, console: Console) -> None:
+    console.print(
+        f"document {forgetting.document_id} ({forgetting.path})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not forgetting.saw:
+        console.print("  nothing here saw it")
+    for entry in forgetting.saw:
+        how = "learned from it" if entry.learned else "was measured on it"
+        gone = "" if entry.present else ", its folder is gone"
+        holds = entry.kind not in {seen.kind for seen in forgetting.learned}
+        console.print(f"  {entry.id}: {'holds it' if holds else how}{gone}", highlight=False)
+
+
+def _show_done(forgetting: Forgetting, done: Forgotten, console: Console) -> None:
+    console.print(
+        f"opted out: {len(forgetting.entries)} entries in opt-out.txt of the store", highlight=False
+    )
+    for renewed in done.renewed:
+        root = read_facts(renewed.after.path)["root"]
+        console.print(f"{renewed.before} -> {renewed.after.id}, root {root}", highlight=False, soft_wrap=True)
+        sides = [side.leaf.id if side else "the end" for side in (renewed.proof.before, renewed.proof.after)]
+        console.print(f"  proved absent: nothing stands between {sides[0]} and {sides[1]}", highlight=False)
+    for folder in done.deleted:
+        console.print(f"deleted {folder}", highlight=False, soft_wrap=True)
+    if forgetting.learned:
+        console.print("still to be trained again, without it:")
+        for entry in forgetting.learned:
+            console.print(f"  {entry.id}", highlight=False)
+    console.print(
+        f"not touched: the file itself, if {forgetting.path} is one", highlight=False, soft_wrap=True
+    )
