@@ -45,7 +45,7 @@ DOCS, BUILD = _ROOT / "docs" / "benchmarks", _ROOT / "build" / "benchmarks"
 MB = 10**6
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 SMALL_SIZES = (1_000, 2_000)
-MEMORY_MB = 64
+MEMORY_MB = 32
 
 COLUMNS = ("", "CPU s", "/ ours", "wall s", "peak MB", "/ ours", "recall", "precision", "pairs")
 SCALING_COLUMNS = (

@@ -14,7 +14,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,5 +120,5 @@ def version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    verbs = {"duplicates": duplicates, "scaling": scaling, "version": version}
+    verbs: dict[str, Callable[..., Any]] = {"duplicates": duplicates, "scaling": scaling, "version": version}
     print(json.dumps(verbs[sys.argv[1]](*sys.argv[2:])))

@@ -168,7 +168,13 @@ def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 def _add_lineage(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "lineage", "walk from an artifact to its documents, or from a document to what saw it")
     verb.add_argument(
-        "id", help="an artifact or document id (a unique beginning will do), or a document's path"
+        "id", nargs="?", help="an artifact or document id (a unique beginning will do), or a document's path"
+    )
+    verb.add_argument(
+        "--token",
+        nargs=3,
+        metavar=("MODEL", "STEP", "POSITION"),
+        help="the document and its bytes that a model read at a position of a training step",
     )
     _store_options(verb)
 

@@ -118,6 +118,13 @@ class Sampler:
         return self
 
     def __next__(self) -> Packed:
+        rows = self.next_rows()
+        if not rows:
+            raise StopIteration
+        return assemble(self.dataset, self.pieces, rows, self.config.length)
+
+    def next_rows(self) -> list[list[int]]:
+        """The next window as the pieces in each of its rows; none at the end."""
         rows: list[list[int]] = []
         while len(rows) < self.config.rows_per_step:
             if self._row == len(self._rows):
@@ -127,9 +134,7 @@ class Sampler:
             taken = self._rows[self._row : self._row + self.config.rows_per_step - len(rows)]
             rows += taken
             self._row += len(taken)
-        if not rows:
-            raise StopIteration
-        return assemble(self.dataset, self.pieces, rows, self.config.length)
+        return rows
 
     def windows(self) -> int | None:
         """How many windows there are from the start to the end; None without an end.

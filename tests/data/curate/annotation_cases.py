@@ -1,11 +1,24 @@
 """What the tests of annotating steps share: batches of documents, and the laws every such step keeps."""
 
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from gyrocompass.data.curate.step import BATCH_SCHEMA, RecordStep
+
+
+def library_texts(n: int) -> list[str]:
+    """About n files of this interpreter's standard library, tests left out, evenly over their names."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+    paths = sorted(
+        path for path in folder.rglob("*.py") if left_out.isdisjoint(path.relative_to(folder).parts)
+    )
+    chosen = paths[:: max(len(paths) // n, 1)][:n]
+    return [path.read_bytes().decode("utf-8", "replace") for path in chosen]
 
 
 def batch(texts: Sequence[str], **columns: Sequence[Any]) -> pa.RecordBatch:
@@ -29,7 +42,8 @@ def batch(texts: Sequence[str], **columns: Sequence[Any]) -> pa.RecordBatch:
 def check_step(step: RecordStep, documents: pa.RecordBatch) -> pa.RecordBatch:
     """Annotate, and check that a document's row depends on that document alone.
 
-    Together, one by one and in reverse the rows are the same, and no documents give no rows of the same types.
+    Together, one by one and in reverse the rows are the same, and no documents give no rows of the same
+    types.
     """
     rows = step.annotate(documents)
     assert rows.schema.names[0] == "id" and rows["id"].to_pylist() == documents["id"].to_pylist()

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from curate.annotation_cases import batch, check_step
 from hypothesis import given, settings
@@ -10,8 +12,10 @@ from gyrocompass.data.curate.personal import PersonalData, find_in
 from gyrocompass.data.curate.spans import Span, disjoint, from_arrow, replace, to_arrow
 
 PIECES = st.sampled_from(
-    ["a@b.org ", "+49 30 901820", "8.8.8.8", "DE89370400440532013000", "4111 1111 1111 1111", "x", " ", "\n", "\0",
-     "é", "€", "12 Church Road", "7", "-", ".", "::", "2a01:4f8::1", "123-45-6789", "(at)", "@", "+", "(", "\ud800"]
+    ["a@b.org ", "+49 30 901820", "8.8.8.8", "DE89370400440532013000", "4111 1111 1111 1111", "x", " ", "\n",
+     "\0",
+     "é", "€", "12 Church Road", "7", "-", ".", "::", "2a01:4f8::1", "123-45-6789", "(at)", "@", "+", "(",
+     "\ud800"]
 )  # fmt: skip
 
 
@@ -45,8 +49,10 @@ def test_a_form_is_found_whole(text: str, expected: list[tuple[str, str]]) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["version 1.2.3.4", "192.168.1.1", "a[1::2]", "std::dec", "12:30:45", "git@github.com:a/b.git", "x@example.org",
-     "https://user:secret@host.de/", "@property.setter", "a@b.weight", "4111 1111 1111 1112", "DE89370400440532013001",
+    ["version 1.2.3.4", "192.168.1.1", "a[1::2]", "std::dec", "12:30:45", "git@github.com:a/b.git",
+     "x@example.org",
+     "https://user:secret@host.de/", "@property.setter", "a@b.weight", "4111 1111 1111 1112",
+     "DE89370400440532013001",
      "Spring 2020", "Decimal('+35236450.6')", "1.2.840.10045.3.1", "2026-11-26 06:20:54", "85010112345"],
 )  # fmt: skip
 def test_what_only_looks_alike_is_not_counted(text: str) -> None:
@@ -57,13 +63,17 @@ def test_what_only_looks_alike_is_not_counted(text: str) -> None:
     ("country", "published"),
     [
         ("fr", "255081416802538"), ("es", "12345678Z"), ("es", "X1234567L"), ("it", "RSSMRA85T10A562S"),
-        ("fi", "131052-308T"), ("ch", "756.9217.0769.85"), ("be", "85.07.30-033.28"), ("br", "529.982.247-25"),
+        ("fi", "131052-308T"), ("ch", "756.9217.0769.85"), ("be", "85.07.30-033.28"), ("br",
+        "529.982.247-25"),
         ("se", "811218-9876"), ("cn", "11010519491231002X"), ("de", "36574261809"), ("pl", "44051401359"),
-        ("nl", "111222333"), ("ca", "046 454 286"), ("tr", "10000000146"), ("in", "2345 6789 0124"), ("au", "123 456 782"),
+        ("nl", "111222333"), ("ca", "046 454 286"), ("tr", "10000000146"), ("in", "2345 6789 0124"), ("au",
+        "123 456 782"),
         ("gb", "AB123456C"), ("us", "219-09-9999"),
     ],
 )  # fmt: skip
-def test_published_examples_of_national_ids_are_valid_and_a_changed_digit_is_not(country: str, published: str) -> None:
+def test_published_examples_of_national_ids_are_valid_and_a_changed_digit_is_not(
+    country: str, published: str
+) -> None:
     identity = next(known for known in NATIONAL_IDS if known.country == country)
     assert identity.pattern.fullmatch(published)
     if country == "ca":  # the published example begins with the 0 of fictitious numbers
@@ -89,7 +99,9 @@ def test_planted_data_is_found_and_decoys_are_not() -> None:
 def test_a_finder_that_finds_nothing_or_everything_measures_badly() -> None:
     planted = list(canaries.plant(canaries_personal.DRAWS, canaries_personal.DECOYS, seed=1, n=5))
     assert canaries.measure(lambda text: [], planted)["all", "all"].recall == 0
-    everything = canaries.measure(lambda text: [Span(i, i + 9, "email", 1) for i in range(len(text) - 9)], planted)
+    everything = canaries.measure(
+        lambda text: [Span(i, i + 9, "email", 1) for i in range(len(text) - 9)], planted
+    )
     assert everything["all", "email"].precision < 0.1
 
 
@@ -100,21 +112,28 @@ def test_documents_do_not_see_each_other(texts: list[str]) -> None:
     rows = check_step(PersonalData(), batch(texts))
     for text, spans in zip(texts, from_arrow(rows["spans"]), strict=True):
         assert spans == sorted(spans)
-        assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a.end <= b.start for a, b in pairwise(spans))
         assert all(0 <= span.start < span.end <= len(text) for span in spans)
 
 
 def test_counts_are_by_kind_and_above_the_least_score() -> None:
     documents = batch(["anna@posteo.de, bert@posteo.de, 10.0.0.1", "nothing"])
     rows = PersonalData().annotate(documents)
-    assert (rows["count"].to_pylist(), rows["n_email"].to_pylist(), rows["n_ip"].to_pylist()) == ([2, 0], [2, 0], [0, 0])
+    assert (rows["count"].to_pylist(), rows["n_email"].to_pylist(), rows["n_ip"].to_pylist()) == (
+        [2, 0],
+        [2, 0],
+        [0, 0],
+    )
     rows = PersonalData(minimum_score=0.1, kinds=("ip",)).annotate(documents)
     assert rows.schema.names == ["id", "spans", "count", "n_ip"] and rows["n_ip"].to_pylist() == [1, 0]
 
 
 def test_names_come_from_a_recogniser_that_is_plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def capitals(texts: list[str]) -> list[list[Span]]:
-        return [[Span(text.index("Anna"), text.index("Anna") + 4, "name", 0.7)] if "Anna" in text else [] for text in texts]
+        return [
+            [Span(text.index("Anna"), text.index("Anna") + 4, "name", 0.7)] if "Anna" in text else []
+            for text in texts
+        ]
 
     monkeypatch.setitem(personal.RECOGNISERS, "capitals", lambda: capitals)
     rows = PersonalData(names="capitals").annotate(batch(["mail Anna at anna@posteo.de", "x"]))
@@ -130,11 +149,15 @@ def test_a_recogniser_that_is_not_installed_says_how_to_get_it(monkeypatch: pyte
         PersonalData(names="spacy:en_core_web_none").annotate(batch(["x"]))
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from([0.2, 0.7, 0.95])), max_size=12))
-def test_overlaps_are_resolved_for_the_surer_and_nothing_else_is_lost(drawn: list[tuple[int, int, float]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from([0.2, 0.7, 0.95])), max_size=12)
+)
+def test_overlaps_are_resolved_for_the_surer_and_nothing_else_is_lost(
+    drawn: list[tuple[int, int, float]],
+) -> None:
     spans = [Span(start, start + length, "x", score) for start, length, score in drawn]
     kept = disjoint(spans)
-    assert all(a.end <= b.start for a, b in zip(kept, kept[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(kept))
     for span in spans:
         rivals = [other for other in kept if other.start < span.end and span.start < other.end]
         assert rivals and max(other.score for other in rivals) >= span.score

@@ -32,7 +32,10 @@ def test_only_the_key_turns_pseudonyms_back(pseudonyms: Pseudonyms, tmp_path: Pa
 
 
 def test_one_text_has_one_pseudonym_and_its_kind_is_sealed_in(pseudonyms: Pseudonyms) -> None:
-    seals = [pseudonyms.seal(Span(0, 1, "email", 1), text) for text in ("anna@posteo.de", "bert@posteo.de", "anna@posteo.de")]
+    seals = [
+        pseudonyms.seal(Span(0, 1, "email", 1), text)
+        for text in ("anna@posteo.de", "bert@posteo.de", "anna@posteo.de")
+    ]
     assert seals[0] == seals[2] != seals[1]
     assert pseudonyms.restore(seals[0].replace("email", "phone"))[1] == 1
     damaged = seals[0][:-2] + ("A" if seals[0][-2] != "A" else "B") + "]"

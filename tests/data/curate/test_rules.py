@@ -23,6 +23,7 @@ KNOWN = {
     "s.spans": SPANS,
     "s.cluster": pa.string(),
     "s.partner": pa.string(),
+    "s.names": pa.list_(pa.string()),
 }
 ROW = st.fixed_dictionaries(
     {
@@ -31,6 +32,7 @@ ROW = st.fixed_dictionaries(
         "flag": st.none() | st.booleans(),
         "label": st.none() | st.sampled_from("abc"),
         "cluster": st.none() | st.sampled_from("xyz"),
+        "names": st.none() | st.lists(st.sampled_from("abc"), max_size=3),
         "kinds": st.lists(st.sampled_from(["email", "phone"]), max_size=3),
     }
 )
@@ -46,6 +48,9 @@ CONDITION = st.one_of(
     st.sampled_from([True, False]).map(lambda null: {"column": "s.label", "is_null": null}),
     st.sampled_from(["is_in", "is_not_in"]).map(lambda name: {"column": "s.label", name: ["a", "c"]}),
     st.just({"column": "s.spans", "kinds": ["phone"]}),
+    st.just({"column": "s.names"}),
+    st.just({"column": "s.names", "is_in": ["a", "c"]}),
+    st.integers(0, 3).map(lambda n: {"column": "s.names", "below": n}),
     st.integers(0, 3).map(lambda n: {"column": "s.spans", "above": n}),
     st.just({"column": "s.flag", "slices": ["prose", "chat"]}),
 )
@@ -74,7 +79,7 @@ def corpus_of(folder: Path, rows: list[dict[str, Any]], shard_bytes: int) -> Cor
         columns: dict[str, pa.Array] = {"id": pa.array([d.id for d in documents[place : place + n_rows]])}
         columns |= {
             name: pa.array([row[name] for row in own], KNOWN[f"s.{name}"])
-            for name in ("score", "flag", "label", "cluster")
+            for name in ("score", "flag", "label", "cluster", "names")
         }
         columns["partner"] = pa.array(["p"] * n_rows)
         spans = [[{"start": 0, "end": 1, "kind": kind, "score": 1.0} for kind in row["kinds"]] for row in own]
@@ -97,6 +102,9 @@ def holds(condition: dict[str, Any], row: dict[str, Any]) -> bool:
         return count > condition["above"] if "above" in condition else count > 0
     if value is None:
         return False
+    if name == "names":
+        left = [entry for entry in value if entry in condition.get("is_in", "abc")]
+        return len(left) < condition["below"] if "below" in condition else len(left) > 0
     for sign, compared in {
         "below": float.__lt__,
         "above": float.__gt__,

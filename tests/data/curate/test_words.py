@@ -52,10 +52,10 @@ def test_blocks_are_the_texts_in_order(texts: list[str], block_bytes: int) -> No
 
 
 def test_a_text_longer_than_the_kept_powers(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "one two three " * 100
+    text = "one two three " * 100 + "日本" + "x" * 50
     whole = word_hashes(text_array([text])).hash_W
     words._kept_powers.cache_clear()
-    monkeypatch.setattr(words, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(words, "_MOST_CHARACTERS", 2)
     assert (word_hashes(text_array([text])).hash_W == whole).all()
     words._kept_powers.cache_clear()
 
@@ -63,5 +63,7 @@ def test_a_text_longer_than_the_kept_powers(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_surrogate_and_a_null_are_refused() -> None:
     with pytest.raises(BadInput, match="surrogate"):
         text_array(["fine", "\ud800"])
+    with pytest.raises(BadInput, match="NoneType"):
+        text_array(["fine", None])  # type: ignore[list-item]
     with pytest.raises(BadInput, match="no text"):
         text_array(pa.array(["fine", None]))

@@ -1,10 +1,11 @@
 """Canaries: texts with personal data and secrets whose places are known, to measure what finders find.
 
-    seed, slice, kinds --plant--> Planted(text, truth)       --measure(find)--> Found by kind: recall, precision
+    seed, kinds --plant--> Planted(text, truth) --measure(find)--> Found by slice and kind: recall, precision
 
-Values are drawn, with check digits that are right, in the forms that people write; around them stand sentences,
-code or chat, and among them decoys: what looks alike and is not (versions, dates, ISBNs, hashes, slices of
-lists, numbers whose check digits are wrong). Carriers hold nothing else that a finder could rightly find.
+Values are drawn, with check digits that are right, in the forms that people write; around them stand
+sentences, code or chat, and among them decoys: what looks alike and is not (versions, dates, ISBNs, hashes,
+slices of lists, numbers whose check digits are wrong). Carriers hold nothing else that a finder could rightly
+find.
 
 A planted value counts as found where a span of its kind covers at least half of it. A span that counts for
 nothing planted is a false one, whatever its kind says.
@@ -92,7 +93,8 @@ def plant(
     *,
     seed: int,
     n: int,
-    words: Mapping[str, str] = MappingProxyType({}),
+    before: Mapping[str, str] = MappingProxyType({}),
+    after: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Planted]:
     """Texts of six lines: planted values and decoys, half and half.
 
@@ -101,28 +103,44 @@ def plant(
         decoys: draw what must not be found.
         seed: of everything that is drawn.
         n: texts of each slice.
-        words: for some kinds what stands before a value and is no part of it.
+        before: for some kinds what stands before a value and is no part of it.
+        after: the same behind it.
     """
     for slice_name in CARRIERS:
         chance = random.Random(f"{seed} {slice_name}")
         for number in range(n):
             text, truth = "", []
             for line in range(6):
-                before, after = chance.choice(CARRIERS[slice_name]).replace("{}", "\0").split("\0")
-                before, after = before.replace("{{", "{").replace("}}", "}"), after.replace("{{", "{").replace("}}", "}")
+                head, tail = _carrier(slice_name, chance)
                 if line % 2:
                     value = chance.choice(decoys)(chance)
                 else:
                     kind = list(draws)[(number * 3 + line // 2) % len(draws)]
-                    before += words.get(kind, "")
+                    head, tail = head + before.get(kind, ""), after.get(kind, "") + tail
                     value = draws[kind](chance)
-                    truth.append(Span(len(text + before), len(text + before + value), kind, 1.0))
-                text += before + value + after + "\n"
+                    start = len(text) + len(head)
+                    truth.append(Span(start, start + len(value), kind, 1.0))
+                text += head + value + tail + "\n"
             yield Planted(text, slice_name, tuple(truth))
 
 
-def measure(find: Find, planted: Iterable[Planted], minimum_score: float = 0.5) -> dict[tuple[str, str], Found]:
-    """What a finder finds, by slice and kind; ("all", KIND) and (SLICE, "all") add them up."""
+def _carrier(slice_name: str, chance: random.Random) -> tuple[str, str]:
+    """What stands before and behind a value."""
+    head, tail = chance.choice(CARRIERS[slice_name]).replace("{}", "\0").split("\0")
+    return head.replace("{{", "{").replace("}}", "}"), tail.replace("{{", "{").replace("}}", "}")
+
+
+def measure(
+    find: Find, planted: Iterable[Planted], minimum_score: float = 0.5, same_kind: bool = True
+) -> dict[tuple[str, str], Found]:
+    """What a finder finds, by slice and kind; ("all", KIND) and (SLICE, "all") add them up.
+
+    Args:
+        find: gives the spans of a text.
+        planted: the texts.
+        minimum_score: of the spans that count.
+        same_kind: whether a hit is of the kind that was planted; False for finders with names of their own.
+    """
     table: dict[tuple[str, str], Found] = {}
 
     def cells(slice_name: str, kind: str) -> list[Found]:
@@ -133,7 +151,9 @@ def measure(find: Find, planted: Iterable[Planted], minimum_score: float = 0.5) 
         spans = [span for span in find(text.text) if span.score >= minimum_score]
         used: set[Span] = set()
         for true in text.truth:
-            hits = [span for span in spans if span.kind == true.kind and _covers(span, true)]
+            hits = [
+                span for span in spans if _covers(span, true) and (span.kind == true.kind or not same_kind)
+            ]
             used.update(hits)
             for cell in cells(text.slice, true.kind):
                 cell.planted += 1

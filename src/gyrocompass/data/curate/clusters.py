@@ -16,16 +16,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.words import Int64Array
 
 
-def roots(n_documents: int, left_P: Int64Array, right_P: Int64Array) -> Int64Array:
+def roots(root_D: Int64Array, left_P: Int64Array, right_P: Int64Array) -> Int64Array:
     """The smallest document that each is joined with, directly or through others: [D].
 
-    >>> roots(6, np.array([4, 1, 5]), np.array([2, 4, 3])).tolist()
+    Args:
+        root_D: the same before these pairs; `arange(D)` before any.
+        left_P: documents.
+        right_P: the other one of each pair.
+
+    >>> roots(np.arange(6), np.array([4, 1, 5]), np.array([2, 4, 3])).tolist()
     [0, 1, 1, 3, 1, 3]
     """
-    root_D = np.arange(n_documents)
+    root_D = root_D.copy()
     while True:
         left_P, right_P = root_D[left_P], root_D[right_P]
         apart = left_P != right_P
@@ -39,7 +45,7 @@ def roots(n_documents: int, left_P: Int64Array, right_P: Int64Array) -> Int64Arr
             above_D = root_D[root_D]
 
 
-def first_of_equal(key_D: np.ndarray, *more: np.ndarray) -> Int64Array:  # type: ignore[type-arg]
+def first_of_equal(key_D: np.ndarray, *more: np.ndarray) -> Int64Array:
     """The smallest document with the same keys as each: [D].
 
     >>> first_of_equal(np.array([7, 5, 7, 5]), np.array([1, 1, 1, 2])).tolist()
@@ -62,10 +68,10 @@ def cluster_names(ids: pa.Array, root_D: Int64Array) -> pa.Array:
     >>> cluster_names(pa.array(["b", "c", "a"]), np.array([0, 1, 0])).to_pylist()
     ['a', None, 'a']
     """
-    by_id = pc.sort_indices(ids).to_numpy().astype(np.int64)
+    by_id = numbers(pc.sort_indices(ids)).astype(np.int64)
     place_D = np.empty(len(by_id), np.int64)
     place_D[by_id] = np.arange(len(by_id))
     smallest_D = place_D.copy()
     np.minimum.at(smallest_D, root_D, place_D)
     alone_D = np.bincount(root_D, minlength=len(root_D))[root_D] == 1
-    return ids.take(pa.array(by_id[smallest_D[root_D]], mask=alone_D))
+    return ids.take(column(by_id[smallest_D[root_D]], alone_D))

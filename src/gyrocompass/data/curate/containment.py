@@ -35,6 +35,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.given import batches_of
 from gyrocompass.data.curate.minhash import shingles
 from gyrocompass.data.curate.spill import Spill, SpillArray
@@ -93,7 +94,7 @@ class ContainmentStep(GlobalStep):
     sample: int = Field(4, ge=1)
     most_common: int = Field(32, ge=2)
     most_partners: int = Field(8, ge=2)
-    memory_mb: int = Field(64, ge=0)
+    memory_mb: int = Field(32, ge=0)
     survivors: SurvivorRule = SurvivorRule()
 
     def reads(self) -> tuple[str, ...]:
@@ -110,7 +111,7 @@ class ContainmentStep(GlobalStep):
             [
                 documents["id"],
                 *self.survivors.standings(documents),
-                pa.LargeListArray.from_arrays(pa.array(begin_D1), pa.array(hash_S)),
+                pa.LargeListArray.from_arrays(column(begin_D1), column(hash_S)),
             ],
             ["id", *STANDING.names, "shingles"],
         )
@@ -131,8 +132,8 @@ class ContainmentStep(GlobalStep):
             kept = spill.array(np.uint64)
             for batch in signatures:
                 known.append(batch.select(["id", *STANDING.names]))
-                hash_S = batch["shingles"].flatten().to_numpy()
-                count_D = np.diff(batch["shingles"].offsets.to_numpy())
+                hash_S = numbers(batch["shingles"].flatten())
+                count_D = np.diff(numbers(batch["shingles"].offsets))
                 chosen_S = hash_S % np.uint64(self.sample) == 0
                 running = np.concatenate([[0], np.cumsum(chosen_S)])
                 ends = np.concatenate([[0], np.cumsum(count_D)])
@@ -148,7 +149,7 @@ class ContainmentStep(GlobalStep):
             document_S = np.repeat(document_R, np.concatenate(sampled_counts))
             candidates = self._candidates(np.concatenate(sampled), document_S)
             covers, redundant_D = self._covers(candidates, _Sets(kept, begin_R1, row_D))
-        return _annotations(whole["id"].take(pa.array(row_D)), covers, redundant_D)
+        return _annotations(whole["id"].take(column(row_D)), covers, redundant_D)
 
     def _candidates(self, hash_S: UInt64Array, document_S: Int64Array) -> Iterator[tuple[int, list[int]]]:
         """For each document that shares sampled shingles: with whom, most first."""
@@ -280,7 +281,7 @@ def _annotations(ids: pa.Array, covers: dict[int, Cover], redundant_D: BoolArray
             pa.array([row.share for row in rows], pa.float32()),
             named([row.second for row in rows]),
             pa.array([row.share_of_two for row in rows], pa.float32()),
-            pa.array(redundant_D),
+            column(redundant_D),
         ],
         ["id", "partner", "containment", "second", "covered", "redundant"],
     )

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from gyrocompass.data.curate.clusters import cluster_names, first_of_equal
+from gyrocompass.data.curate.columns import bytes_column, column
 from gyrocompass.data.curate.given import batches_of
 from gyrocompass.data.curate.step import CorpusAccess, GlobalStep, register
 from gyrocompass.data.curate.survivors import STANDING, SurvivorRule, survival_order
@@ -66,8 +67,8 @@ class ExactDuplicateStep(GlobalStep):
             [
                 documents["id"],
                 *self.survivors.standings(documents),
-                pa.array(contents, pa.binary(16)),
-                pa.array(normal, pa.binary(16)),
+                bytes_column(contents, 16),
+                bytes_column(normal, 16),
             ],
             ["id", *STANDING.names, "content", "normal"],
         )
@@ -83,7 +84,7 @@ class ExactDuplicateStep(GlobalStep):
             signatures: of all documents, in any order and any batches.
         """
         known = pa.concat_batches(list(signatures))
-        known = known.take(pa.array(survival_order(known["id"], known)))
+        known = known.take(column(survival_order(known["id"], known)))
         same_D = first_of_equal(*_halves(known["content"]))
         first_D = first_of_equal(*_halves(known["normal"]))  # what has the same content is among them
         exact_D = same_D != np.arange(len(same_D))
@@ -93,10 +94,10 @@ class ExactDuplicateStep(GlobalStep):
             [
                 known["id"],
                 cluster_names(known["id"], first_D),
-                pa.array(~survives_D),
-                known["id"].take(pa.array(partner_D, mask=survives_D)),
-                pa.array(exact_D, mask=survives_D),
-                pa.array(np.ones(len(same_D), np.float32), mask=survives_D),
+                column(~survives_D),
+                known["id"].take(column(partner_D, survives_D)),
+                column(exact_D, survives_D),
+                column(np.ones(len(same_D), np.float32), survives_D),
             ],
             ["id", "cluster", "duplicate", "partner", "exact", "similarity"],
         )
@@ -137,7 +138,7 @@ def normalised_hash(text: str) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _halves(digests: pa.Array) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _halves(digests: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """16-byte hashes as two numbers each."""
     whole = np.frombuffer(b"".join(digests.to_pylist()), np.uint64).reshape(-1, 2)
     return whole[:, 0], whole[:, 1]

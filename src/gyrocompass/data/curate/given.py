@@ -12,7 +12,7 @@ from itertools import islice
 import pyarrow as pa
 
 from gyrocompass.core.errors import BadInput
-from gyrocompass.data.curate.words import text_array
+from gyrocompass.data.curate.columns import string_column
 
 BATCH_DOCUMENTS = 1024
 
@@ -32,14 +32,14 @@ def batches_of(texts: Iterable[str], ids: Sequence[str] | None = None) -> Iterat
         raise BadInput(f"two texts have the id {twice}", fix="give each text an id of its own")
     given, start = iter(texts), 0
     while True:
-        batch = text_array(list(islice(given, BATCH_DOCUMENTS)))
+        batch = string_column(list(islice(given, BATCH_DOCUMENTS)))
         stop = start + len(batch)
         if ids is not None and (stop > len(ids) or (len(batch) < BATCH_DOCUMENTS and stop < len(ids))):
             count = f"more than {len(ids)}" if stop > len(ids) else str(stop)
             raise BadInput(f"{count} texts, but {len(ids)} ids", fix="give one id for each text")
         names = [f"{place:08d}" for place in range(start, stop)] if ids is None else list(ids[start:stop])
         if len(batch) or not start:
-            yield pa.RecordBatch.from_arrays([pa.array(names, pa.string()), batch], ["id", "text"])
+            yield pa.RecordBatch.from_arrays([string_column(names).cast(pa.string()), batch], ["id", "text"])
         if len(batch) < BATCH_DOCUMENTS:
             return
         start = stop

@@ -38,7 +38,8 @@ class Overlap(NamedTuple):
     @property
     def jaccard_P(self) -> npt.NDArray[np.float64]:
         """Shared over all; 0 for two empty sets."""
-        return self.shared_P / np.maximum(self.left_P + self.right_P - self.shared_P, 1)
+        all_P = np.maximum(self.left_P + self.right_P - self.shared_P, 1)
+        return np.asarray(self.shared_P / all_P, np.float64)
 
 
 def compare(left_P: Int64Array, right_P: Int64Array, size_D: Int64Array, gather: Gather) -> Overlap:

@@ -3,7 +3,7 @@
     texts --join--> text "doc 1 \\n\\0\\n doc 2 ...", code_N, start_D
 
 Every position of `text` is also one of `code_N`, whose 8-bit codes numpy can search: a character beyond
-Latin-1 is a question mark there. No pattern of this package crosses a NUL, so that what is found in a document
+Latin-1 is 26 there. No pattern of this package crosses a NUL, so that what is found in a document
 depends on it alone and not on its neighbours in the batch.
 
 Shape legend: N characters of the joined text, D documents, H hits.
@@ -49,8 +49,15 @@ class Joined:
 
     @cached_property
     def code_N(self) -> NDArray[np.uint8]:
-        """Latin-1 code of each character, 63 (a question mark) beyond it."""
-        return np.frombuffer(self.text.encode("latin-1", "replace"), np.uint8)
+        """Latin-1 code of each character, 26 (the substitute character) beyond it."""
+        if self.text.isascii():
+            return np.frombuffer(self.text.encode("ascii"), np.uint8)
+        return np.where(self.point_N < 256, self.point_N, 26).astype(np.uint8)
+
+    @cached_property
+    def point_N(self) -> NDArray[np.uint32]:
+        """Code point of each character."""
+        return np.frombuffer(self.text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
     def positions(self, character: str) -> Int64Array:
         """Where a Latin-1 character stands."""
@@ -58,7 +65,7 @@ class Joined:
 
     def rows_of(self, position_H: Any) -> Int64Array:
         """The document of each position."""
-        return np.searchsorted(self.start_D, position_H, side="right") - 1
+        return np.asarray(np.searchsorted(self.start_D, position_H, side="right") - 1, np.int64)
 
 
 def is_any(code_N: NDArray[np.uint8], characters: str) -> Flags:

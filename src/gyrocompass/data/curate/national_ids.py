@@ -21,7 +21,8 @@ _CHINESE_CHECK = "10X98765432"
 _CODICE_ODD = dict(
     zip(
         "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16,
+        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12,
+        14, 16,
          10, 22, 25, 24, 23),
         strict=True,
     )
@@ -47,7 +48,9 @@ def _has_date(month: str, day: str) -> bool:
 
 
 def _us(number: str) -> bool:
-    return number[:3] not in {"000", "666"} and number[0] != "9" and number[3:5] != "00" and number[5:] != "0000"
+    return (
+        number[:3] not in {"000", "666"} and number[0] != "9" and number[3:5] != "00" and number[5:] != "0000"
+    )
 
 
 def _gb(number: str) -> bool:
@@ -108,7 +111,9 @@ def _ch(number: str) -> bool:
 
 
 def _fi(number: str) -> bool:
-    return _has_date(number[2:4], number[:2]) and _MODULO_31[int(number[:6] + number[-4:-1]) % 31] == number[-1]
+    return (
+        _has_date(number[2:4], number[:2]) and _MODULO_31[int(number[:6] + number[-4:-1]) % 31] == number[-1]
+    )
 
 
 def _cn(number: str) -> bool:
@@ -141,7 +146,9 @@ def _au(number: str) -> bool:
     return weighted(number, (1, 4, 3, 7, 5, 8, 6, 9, 10)) % 11 == 0
 
 
-def _id(country: str, pattern: str, valid: Callable[[str], bool], context: str, bare: bool = False) -> NationalId:
+def _id(
+    country: str, pattern: str, valid: Callable[[str], bool], context: str, bare: bool = False
+) -> NationalId:
     whole = re.compile(rf"(?<![\w.-]){pattern}(?!\w|[-.]\w)")
     return NationalId(country, whole, valid, re.compile(rf"(?i)(?:{context})[^\n]{{0,24}}\Z"), bare)
 
@@ -159,7 +166,8 @@ NATIONAL_IDS = (
     _id("br", r"\d{3}\.\d{3}\.\d{3}-\d\d", _br, r"\bcpf\b"),
     _id("se", r"(?:19|20)?\d{6}[-+]\d{4}", _se, r"personnummer"),
     _id("cn", r"[1-8]\d{5}(?:19|20)\d{9}[\dX]", _cn, r"身份证"),
-    _id("de", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", _de, r"steuer.?(?:id|nummer|identifikation)|\bidnr\b|\btin\b", True),
+    _id("de", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", _de, r"steuer.?(?:id|nummer|identifikation)|\bidnr\b|\btin\b",
+    True),
     _id("pl", r"\d{11}", _pl, r"pesel", True),
     _id("nl", r"\d{9}|\d{4}\.\d\d\.\d{3}", _nl, r"\bbsn\b|burgerservice", True),
     _id("ca", r"\d{3}([ -]?)\d{3}\1\d{3}", _ca, r"\bsin\b|social.insurance", True),

@@ -36,6 +36,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from gyrocompass.data.curate.clusters import cluster_names
+from gyrocompass.data.curate.columns import column
 from gyrocompass.data.curate.given import batches_of
 from gyrocompass.data.curate.minhash import Permutations, band_keys, sequence_hashes, shingles
 from gyrocompass.data.curate.near_index import Index, NearDuplicates
@@ -71,7 +72,7 @@ class NearDuplicateStep(GlobalStep):
     threshold: float = Field(0.7, gt=0, le=1)
     seed: int = 0
     largest_bucket: int = Field(64, ge=2)
-    memory_mb: int = Field(64, ge=0)
+    memory_mb: int = Field(32, ge=0)
     survivors: SurvivorRule = SurvivorRule()
 
     def reads(self) -> tuple[str, ...]:
@@ -90,9 +91,9 @@ class NearDuplicateStep(GlobalStep):
             [
                 documents["id"],
                 *self.survivors.standings(documents),
-                pa.array(sequence_D),
-                pa.FixedSizeListArray.from_arrays(pa.array(key_DB.reshape(-1)), self.bands),
-                pa.LargeListArray.from_arrays(pa.array(begin_D1), pa.array(hash_S)),
+                column(sequence_D),
+                pa.FixedSizeListArray.from_arrays(column(key_DB.reshape(-1)), self.bands),
+                pa.LargeListArray.from_arrays(column(begin_D1), column(hash_S)),
             ],
             ["id", *STANDING.names, "sequence", "bands", "shingles"],
         )
@@ -151,11 +152,11 @@ def _annotations(found: NearDuplicates) -> pa.RecordBatch:
         [
             found.ids,
             cluster_names(found.ids, found.survivor_D),
-            pa.array(dropped_D),
-            found.ids.take(pa.array(found.partner_D, mask=~dropped_D)),
-            pa.array(found.partner_jaccard_D.astype(np.float32), mask=~dropped_D),
-            found.ids.take(pa.array(found.survivor_D, mask=~dropped_D)),
-            pa.array(found.survivor_jaccard_D.astype(np.float32), mask=~dropped_D),
+            column(dropped_D),
+            found.ids.take(column(found.partner_D, ~dropped_D)),
+            column(found.partner_jaccard_D.astype(np.float32), ~dropped_D),
+            found.ids.take(column(found.survivor_D, ~dropped_D)),
+            column(found.survivor_jaccard_D.astype(np.float32), ~dropped_D),
         ],
         ["id", "cluster", "duplicate", "partner", "similarity", "survivor", "survivor_similarity"],
     )

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gyrocompass.data.curate.clusters import first_of_equal, roots
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.jaccard import compare
 from gyrocompass.data.curate.spill import Spill
 from gyrocompass.data.curate.survivors import STANDING, survival_order
@@ -106,11 +107,11 @@ class Index:
     def add(self, signatures: pa.RecordBatch) -> None:
         """Keep a batch of signatures, as `NearDuplicateStep.signatures` makes them."""
         self._known.append(signatures.select(["id", *STANDING.names, "sequence"]))
-        key_DB = signatures["bands"].flatten().to_numpy().reshape(-1, len(self._keys))
+        key_DB = numbers(signatures["bands"].flatten()).reshape(-1, len(self._keys))
         for keys, key_D in zip(self._keys, key_DB.T, strict=True):
             keys.append(key_D)
-        self._counts.append(np.diff(signatures["shingles"].offsets.to_numpy()))
-        self._shingles.append(signatures["shingles"].flatten().to_numpy())
+        self._counts.append(np.diff(numbers(signatures["shingles"].offsets)))
+        self._shingles.append(numbers(signatures["shingles"].flatten()))
 
     def find(self) -> NearDuplicates:
         """Number the documents, compare candidates, join clusters."""
@@ -120,14 +121,14 @@ class Index:
         self._row_D = survival_order(known["id"], known)
         self._begin_R1 = np.concatenate([[0], np.cumsum(count_R)])
         self._size_D = count_R[self._row_D]
-        first_D = first_of_equal(known["sequence"].to_numpy()[self._row_D], self._size_D)
+        first_D = first_of_equal(numbers(known["sequence"])[self._row_D], self._size_D)
         first_D = np.where(self._size_D > 0, first_D, np.arange(len(first_D)))
         settled = self._settle((self._size_D > 0) & (first_D == np.arange(len(first_D))))
         near = settled.jaccard_P >= self._threshold
         copy_C = np.flatnonzero(first_D != np.arange(len(first_D)))
         left_P, right_P = _documents_of(settled.pair_P[near])
         return self._clusters(
-            known["id"].take(pa.array(self._row_D)),
+            known["id"].take(column(self._row_D)),
             np.concatenate([left_P, first_D[copy_C]]),
             np.concatenate([right_P, copy_C]),
             np.concatenate([settled.jaccard_P[near], np.ones(len(copy_C))]),
@@ -145,7 +146,7 @@ class Index:
         n_compared: int,
     ) -> NearDuplicates:
         """Survivors, partners, and how near they are."""
-        survivor_D = roots(len(ids), left_P, right_P)
+        survivor_D = roots(np.arange(len(ids)), left_P, right_P)
         partner_D = np.full(len(ids), -1)
         near_D, survivor_near_D = np.zeros(len(ids)), np.zeros(len(ids))
         document, other = np.concatenate([left_P, right_P]), np.concatenate([right_P, left_P])

@@ -131,7 +131,11 @@ def _spacy(model: str) -> Recogniser:
 
     def find_names(texts: Sequence[str]) -> list[list[Span]]:
         return [
-            [Span(e.start_char, e.end_char, "name", 0.7) for e in parsed.ents if e.label_ in {"PERSON", "PER"}]
+            [
+                Span(e.start_char, e.end_char, "name", 0.7)
+                for e in parsed.ents
+                if e.label_ in {"PERSON", "PER"}
+            ]
             for parsed in pipeline.pipe(texts)
         ]
 

@@ -27,15 +27,15 @@ from gyrocompass.data.curate.spans import Span
 SURE, LIKELY, POSSIBLE, UNLIKELY = 0.95, 0.7, 0.4, 0.2
 
 IBAN_LENGTHS = {
-    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BI": 27, "BR": 29,
-    "BY": 28, "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DJ": 27, "DK": 18, "DO": 28, "EE": 20, "EG": 29,
-    "ES": 24, "FI": 18, "FK": 18, "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18, "GR": 27, "GT": 28,
-    "HN": 28, "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IQ": 23, "IS": 26, "IT": 27, "JO": 30, "KW": 30, "KZ": 20,
-    "LB": 28, "LC": 32, "LI": 21, "LT": 20, "LU": 20, "LV": 21, "LY": 25, "MC": 27, "MD": 24, "ME": 22, "MK": 19,
-    "MN": 20, "MR": 27, "MT": 31, "MU": 30, "NI": 28, "NL": 18, "NO": 15, "OM": 23, "PK": 24, "PL": 28, "PS": 29,
-    "PT": 25, "QA": 29, "RO": 24, "RS": 22, "RU": 33, "SA": 24, "SC": 31, "SD": 18, "SE": 24, "SI": 19, "SK": 24,
-    "SM": 27, "SO": 23, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24, "XK": 20,
-    "YE": 30,
+    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BI": 27,
+    "BR": 29, "BY": 28, "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DJ": 27, "DK": 18, "DO": 28,
+    "EE": 20, "EG": 29, "ES": 24, "FI": 18, "FK": 18, "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23,
+    "GL": 18, "GR": 27, "GT": 28, "HN": 28, "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IQ": 23, "IS": 26,
+    "IT": 27, "JO": 30, "KW": 30, "KZ": 20, "LB": 28, "LC": 32, "LI": 21, "LT": 20, "LU": 20, "LV": 21,
+    "LY": 25, "MC": 27, "MD": 24, "ME": 22, "MK": 19, "MN": 20, "MR": 27, "MT": 31, "MU": 30, "NI": 28,
+    "NL": 18, "NO": 15, "OM": 23, "PK": 24, "PL": 28, "PS": 29, "PT": 25, "QA": 29, "RO": 24, "RS": 22,
+    "RU": 33, "SA": 24, "SC": 31, "SD": 18, "SE": 24, "SI": 19, "SK": 24, "SM": 27, "SO": 23, "ST": 25,
+    "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24, "XK": 20, "YE": 30,
 }  # fmt: skip
 """Characters of an account number by country (the IBAN registry)."""
 
@@ -43,11 +43,14 @@ _IBAN = re.compile(r"[A-Z]{2}\d\d(?:[ \xa0-]?[A-Z0-9]){11,30}")
 _CARD = re.compile(
     r"(?<![\w.,+-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,7}|3\d{3}([ -]?)\d{6}\2\d{4,5})(?!\w|[.,-]\d| \d)"
 )
-_CARD_CONTEXT = re.compile(r"(?i)(?:card|visa|mastercard|amex|\bpan\b|kreditkarte|carte|tarjeta)[^\n]{0,24}\Z")
+_CARD_CONTEXT = re.compile(
+    r"(?i)(?:card|visa|mastercard|amex|\bpan\b|kreditkarte|carte|tarjeta)[^\n]{0,24}\Z"
+)
 
 _PHONE_WORLD = re.compile(r"(?<![\w+.])\+\d[\d \xa0\-.()/]{5,22}\d(?![\w])")
 _PHONE_AMERICA = re.compile(
-    r"(?<![\w.+-])(?:1[ .-])?(?:\(([2-9]\d\d)\) ?|([2-9]\d\d)([ .-]))([2-9]\d\d)(?:(?<=\d)[ .-])\d{4}(?![\w-]|\.\d)"
+    r"(?<![\w.+-])(?:1[ .-])?(?:\(([2-9]\d\d)\) ?|([2-9]\d\d)([ .-]))([2-9]\d\d)(?:(?<=\d)[ "
+    r".-])\d{4}(?![\w-]|\.\d)"
 )
 _PHONE_PAIRS = re.compile(r"(?<![\w.+-])0[1-9](?:([ .-])\d\d)(?:\1\d\d){3}(?![\w-]|[ .]\d)")
 _PHONE_TRUNK = re.compile(
@@ -55,12 +58,17 @@ _PHONE_TRUNK = re.compile(
 )
 _PHONE_ANY = re.compile(r"(?<![\w.+-])\(?\d[\d \xa0\-.()/]{5,18}\d(?![\w])")
 _PHONE_CONTEXT = re.compile(
-    r"(?i)(?:\b(?:tele)?phone|\b(?:tele)?fax\b|\btel\b|\btelefon|t[ée]l[ée]ph|\bfon\b|\bmob(?:ile?|il)?\b|\bmovil|"
+    r"(?i)(?:\b(?:tele)?phone|\b(?:tele)?fax\b|\btel\b|\btelefon|t[ée]l[ée]ph|\bfon\b|\bmob(?:ile?"
+    r"|il)?\b|\bmovil|"
     r"\bmóvil|\bcell|\bcall\b|\bhandy|whatsapp|sms|\bteléfono|тел|電話|电话|☎|📞)[^\n\d]{0,24}\Z"
 )
 
-_VERSION_CONTEXT = re.compile(r"(?i)(?:\bv|version|release|\brev|firmware|build|==|>=|<=|~=|§|sections?|chapter)\W{0,3}\Z")
-_HOST_CONTEXT = re.compile(r"(?i)(?:\bip|addr|host|server|from|client|remote|inet|ping|ssh|gateway|//|@)[^\n]{0,16}\Z")
+_VERSION_CONTEXT = re.compile(
+    r"(?i)(?:\bv|version|release|\brev|firmware|build|==|>=|<=|~=|§|sections?|chapter)\W{0,3}\Z"
+)
+_HOST_CONTEXT = re.compile(
+    r"(?i)(?:\bip|addr|host|server|from|client|remote|inet|ping|ssh|gateway|//|@)[^\n]{0,16}\Z"
+)
 
 
 def ibans(joined: Joined, groups: DigitGroups) -> Iterator[Span]:
@@ -131,7 +139,7 @@ def is_card(digits: str) -> bool:
 
 
 def phones(joined: Joined, groups: DigitGroups) -> Iterator[Span]:
-    """Telephone numbers: international, North American, French pairs, with a trunk 0, or after a word for it."""
+    """Telephone numbers: international, North American, in pairs, with a trunk 0, or after a word for it."""
     text = joined.text
     for number in np.flatnonzero(groups.n_digits_G >= 7).tolist():
         start, end = groups.group(number)
@@ -143,7 +151,9 @@ def phones(joined: Joined, groups: DigitGroups) -> Iterator[Span]:
                 if not is_decimal and _is_international(re.sub(r"\D", "", match[0].replace("(0)", ""))):
                     yield Span(match.start(), match.end(), "phone", SURE)
             continue
-        is_named = groups.n_digits_G[number] <= 20 and _before(_PHONE_CONTEXT, text, start - (before[-1:] == "("))
+        is_named = groups.n_digits_G[number] <= 20 and _before(
+            _PHONE_CONTEXT, text, start - (before[-1:] == "(")
+        )
         if is_named:
             for match in _PHONE_ANY.finditer(text, low, end + 1):
                 if 7 <= sum(map(str.isdigit, match[0])) <= 15:

@@ -1,7 +1,7 @@
 """Keyed pseudonyms: what names a person is replaced by what the holder of a key can turn back.
 
     span "anna@posteo.de" of kind email  --seal-->     [email:7dPq0y...]
-    [email:7dPq0y...]                    --restore-->  anna@posteo.de          with the same key, or not at all
+    [email:7dPq0y...]                    --restore-->  anna@posteo.de    with the same key, or not at all
 
 A pseudonym is `[KIND:TOKEN]`, where TOKEN is URL-safe base64 without padding of AES-256-SIV (RFC 5297) over
 the text, with the kind as associated data. The text is UTF-8, ended by the byte 0x80 and filled with zeros to

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from gyrocompass.data.curate.columns import column, numbers
 from gyrocompass.data.curate.fingerprints import fingerprints
 from gyrocompass.data.curate.given import batches_of
 from gyrocompass.data.curate.step import SPANS, CorpusAccess, GlobalStep, MemoryCorpus, register
@@ -76,7 +77,7 @@ class RepeatedPassageStep(GlobalStep):
     def signatures(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """The length of each document, and how it stands."""
         _, begin_D1 = byte_view(text_array(documents["text"]))
-        columns = [documents["id"], *self.survivors.standings(documents), pa.array(np.diff(begin_D1))]
+        columns = [documents["id"], *self.survivors.standings(documents), column(np.diff(begin_D1))]
         return pa.RecordBatch.from_arrays(columns, ["id", *STANDING.names, "n_bytes"])
 
     def resolve(self, signatures: Iterator[pa.RecordBatch], corpus: CorpusAccess) -> pa.RecordBatch:
@@ -86,8 +87,8 @@ class RepeatedPassageStep(GlobalStep):
             MissingDependency: `pydivsufsort` is not installed.
         """
         known = pa.concat_batches(list(signatures))
-        known = known.take(pa.array(survival_order(known["id"], known)))
-        ids, length_D = known["id"], known["n_bytes"].to_numpy()
+        known = known.take(column(survival_order(known["id"], known)))
+        ids, length_D = known["id"], numbers(known["n_bytes"])
         chunks = list(_chunks(length_D, int(self.chunk_mb * 2**20)))
         sources = _Sources(self, corpus, ids, length_D) if len(chunks) > 1 else None
         found: list[_Found] = []
@@ -97,9 +98,9 @@ class RepeatedPassageStep(GlobalStep):
             before = np.empty(0, np.int64)
             if sources is not None:
                 before = sources.of(texts, first)
-                earlier = corpus.take(ids.take(pa.array(before)).to_pylist(), ["text"])["text"]
+                earlier = corpus.take(ids.take(column(before)).to_pylist(), ["text"])["text"]
                 texts = pa.concat_arrays([text_array(earlier), text_array(texts)])
-            names = ids.take(pa.array(np.concatenate([before, np.arange(first, last)])))
+            names = ids.take(column(np.concatenate([before, np.arange(first, last)])))
             found += _by_document(find_copies(text_array(texts), self.minimum), names)[len(before) :]
             shares += _shares(found[first:], texts.slice(len(before)))
         return _annotations(ids, found, shares)
@@ -178,7 +179,7 @@ def _by_document(copies: Copies, names: pa.Array) -> list[_Found]:
     """Copies by the document they are in."""
     found = [_Found([], [], None) for _ in range(len(names))]
     ids = names.to_pylist()
-    for document, start, end, source in zip(*(column.tolist() for column in copies), strict=True):
+    for document, start, end, source in zip(*(part.tolist() for part in copies), strict=True):
         one = found[document]
         longest = max((b - a for a, b in zip(one.start, one.end, strict=True)), default=0)
         one.start.append(start)

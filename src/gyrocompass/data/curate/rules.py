@@ -2,15 +2,15 @@
 
     rules:
       - keep: {column: source, is_in: [handbook]}                   # whatever the rules after it say
-      - drop: {column: quality.words, below: {prose: 50, code: 5, "*": 20}}
+      - drop: {column: quality.n_words, below: {prose: 50, code: 5, "*": 20}}
       - drop: {column: secrets.spans, min_score: 0.9}
-      - keep_one: {column: fuzzy_duplicates.cluster, prefer: [{column: quality.score, order: highest}]}
-      - mask: {column: pii.spans, kinds: [email, phone], by: "[{kind}]"}
+      - keep_one: {column: near_duplicates.cluster, prefer: [{column: n_bytes, order: highest}]}
+      - mask: {column: personal.spans, kinds: [email, phone], by: "[{kind}]"}
 
 Rules are read in order, and the first one that keeps or drops a document decides; masks of a document that
 stays add up. A threshold may differ by slice: the name of the slice itself, else the longest name that it
 begins with (`prose` for `prose/docs`), else `*`; where none fits, the rule says nothing. A null is compared
-with nothing.
+with nothing. Of lists, such as spans, the number of entries is compared.
 
     Condition.holds(rows) --> which rows, the value and the threshold of each
 """
@@ -116,24 +116,32 @@ class Condition(Selected):
         column = rows[self.column]
         inside = self.in_slices(rows["slice"])
         thresholds = np.full(rows.num_rows, math.nan)
-        if column.type == SPANS:
-            counts = spans_that_count(column, self.kinds, self.min_score)
-            values: pa.Array = pa.array(counts, pa.int64())
-            found = counts > 0
-            if self.comparison:
-                thresholds = _by_row(getattr(self, self.comparison), rows["slice"])
-                found = _COMPARED[self.comparison](counts, thresholds) & ~np.isnan(thresholds)
-        elif self.comparison:
+        values: pa.Array = column
+        if self.comparison:
             thresholds = _by_row(getattr(self, self.comparison), rows["slice"])
+        if self.is_null is not None:
+            found = pc.is_null(column).to_numpy(zero_copy_only=False) == self.is_null
+        elif pa.types.is_list(column.type):
+            counts = self._entries(column)
+            values = pa.array(counts, pa.int64())
+            found = _COMPARED[self.comparison](counts, thresholds) if self.comparison else counts > 0
+            found = found & pc.is_valid(column).to_numpy(zero_copy_only=False)
+        elif self.comparison:
             numbers = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
             found = _COMPARED[self.comparison](numbers, thresholds)  # a NaN compares with nothing
-            values = column
-        elif self.is_null is not None:
-            found = pc.is_null(column).to_numpy(zero_copy_only=False) == self.is_null
-            values = column
         else:
-            found, values = self._of_names(column), column
+            found = self._of_names(column)
         return Hits(found & inside, values, thresholds)
+
+    def _entries(self, column: pa.Array) -> npt.NDArray[np.int64]:
+        """How many entries of each row's list count: spans by kind and score, names by what they are."""
+        if column.type == SPANS:
+            return spans_that_count(column, self.kinds, self.min_score)
+        names = column.flatten()
+        counts = np.ones(len(names), np.bool_)
+        if self.is_in is not None or self.is_not_in is not None:
+            counts = self._of_names(names)
+        return _counted(column, counts)
 
     def _of_names(self, column: pa.Array) -> Mask:
         known = pc.is_valid(column).to_numpy(zero_copy_only=False)
@@ -295,10 +303,11 @@ def _faults(rule: Rule, types: Mapping[str, Any], known: Mapping[str, pa.DataTyp
     if not isinstance(chosen, Condition):
         return []
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if chosen.comparison and not (is_number or kind == SPANS):
+    if chosen.comparison and not (is_number or pa.types.is_list(kind)):
         return [f"{chosen.column} is no number, so {chosen.comparison} says nothing about it"]
     named = chosen.is_in is not None or chosen.is_not_in is not None
-    if named and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    entry = kind.value_type if pa.types.is_list(kind) else kind
+    if named and not (pa.types.is_string(entry) or pa.types.is_large_string(entry)):
         return [f"{chosen.column} holds no names, so is_in and is_not_in say nothing about it"]
     if (chosen.kinds is not None or chosen.min_score is not None) and kind != SPANS:
         return [f"{chosen.column} holds no spans, so kinds and min_score say nothing about it"]
@@ -309,7 +318,6 @@ def spans_that_count(
     column: pa.Array, kinds: tuple[str, ...] | None, min_score: float | None
 ) -> npt.NDArray[np.int64]:
     """How many spans of each row are of these kinds and score so high."""
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     spans = column.flatten()
     counts = np.ones(len(spans), np.bool_)
     if kinds is not None:
@@ -317,6 +325,12 @@ def spans_that_count(
     if min_score is not None:
         scores = pc.fill_null(spans.field("score"), math.inf).to_numpy(zero_copy_only=False)
         counts &= scores >= np.float32(min_score)
+    return _counted(column, counts)
+
+
+def _counted(column: pa.Array, counts: Mask) -> npt.NDArray[np.int64]:
+    """How many of each row's entries are marked in `counts`, which is over the entries of all rows."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     ends = np.cumsum(lengths)
     total = np.concatenate([[0], np.cumsum(counts)])
     counted: npt.NDArray[np.int64] = (total[ends] - total[ends - lengths]).astype(np.int64)

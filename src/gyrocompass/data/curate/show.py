@@ -128,6 +128,8 @@ def _rule_line(said: Said) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return ", ".join(value) or "none"
     if isinstance(value, list):
         spans = ", ".join(f"{span['kind']} {span['start']}-{span['end']}" for span in value[:8])
         return f"{len(value)} spans: {spans}{', ...' if len(value) > 8 else ''}" if value else "no spans"

@@ -36,9 +36,7 @@ def to_arrow(spans: Sequence[Sequence[Span]]) -> pa.ListArray:
     offsets = np.cumsum([0, *(len(of_document) for of_document in spans)]).astype(np.int32)
     flat = [span for of_document in spans for span in of_document]
     fields = SPANS.value_type
-    columns = [
-        pa.array([span[number] for span in flat], field.type) for number, field in enumerate(fields)
-    ]
+    columns = [pa.array([span[number] for span in flat], field.type) for number, field in enumerate(fields)]
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=list(fields)))
 
 
@@ -65,10 +63,14 @@ def disjoint(spans: Iterable[Span]) -> list[Span]:
     [Span(start=2, end=9, kind='card', score=0.9), Span(start=10, end=12, kind='ip', score=0.9)]
     """
     kept: list[Span] = []
-    for span in sorted(set(spans), key=lambda span: (-span.score, span.start - span.end, span.start, span.kind)):
+    for span in sorted(
+        set(spans), key=lambda span: (-span.score, span.start - span.end, span.start, span.kind)
+    ):
         place = bisect.bisect(kept, span)
         before, after = kept[max(place - 1, 0) : place], kept[place : place + 1]
-        if all(other.end <= span.start for other in before) and all(span.end <= other.start for other in after):
+        if all(other.end <= span.start for other in before) and all(
+            span.end <= other.start for other in after
+        ):
             kept.insert(place, span)
     return kept
 

@@ -118,7 +118,7 @@ class SpillArray:
 
     def _write(self, values: Array) -> None:
         assert self._file is not None
-        rest = memoryview(values).cast("B")
+        rest = values.view(np.uint8).data
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gyrocompass.core.config import Config
+from gyrocompass.data.curate.columns import column, numbers
 
 STANDING = pa.schema([("licence_rank", pa.int16()), ("quality", pa.float32()), ("time", pa.int64())])
 """What decides who stays, as columns of a step's signatures; time in microseconds, null where it is not
@@ -75,7 +76,7 @@ class SurvivorRule(Config):
         if pa.types.is_timestamp(time.type):
             time = time.cast(pa.timestamp("us", time.type.tz))
         return [
-            pa.array([ranks[name] for name in licences.to_pylist()], pa.int16()),
+            column(np.array([ranks[name] for name in licences.to_pylist()], np.int16)),
             quality.cast(pa.float32()),
             time.cast(pa.int64()),
         ]
@@ -95,11 +96,11 @@ def survival_order(ids: pa.Array, standings: pa.RecordBatch) -> npt.NDArray[np.i
         ids: strings, each different.
         standings: the columns of `STANDING`.
     """
-    quality = standings["quality"].to_numpy(zero_copy_only=False).astype(np.float32)
-    time = standings["time"].fill_null(2**63 - 1).to_numpy()
-    rank = standings["licence_rank"].to_numpy()
+    quality = numbers(standings["quality"], np.nan)
+    time = numbers(standings["time"], 2**63 - 1)
+    rank = numbers(standings["licence_rank"])
     worst = np.where(np.isnan(quality), np.float32(np.inf), -quality)
-    by_id = pc.sort_indices(ids).to_numpy().astype(np.int64)
+    by_id = numbers(pc.sort_indices(ids)).astype(np.int64)
     place = np.empty(len(by_id), np.int64)
     place[by_id] = np.arange(len(by_id))
     return np.lexsort((place, time, worst, rank))

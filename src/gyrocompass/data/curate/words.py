@@ -31,12 +31,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.data.curate.columns import string_column
 
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 BLOCK_BYTES = 2**18
+_MOST_CHARACTERS = 2**18
 
 _BASE = 0x9E6C_63D0_876A_3F6B
 _INVERSE = pow(_BASE, -1, 2**64)
@@ -71,13 +73,7 @@ def text_array(texts: Sequence[str] | pa.Array | pa.ChunkedArray) -> pa.Array:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     if not isinstance(texts, pa.Array):
-        try:
-            texts = pa.array(texts, pa.large_string())
-        except UnicodeEncodeError as error:
-            raise BadInput(
-                f"a text holds a surrogate, which is no character: {error.object[error.start : error.end]!r}",
-                fix="repair the encoding before looking for duplicates",
-            ) from error
+        texts = string_column(texts)
     if texts.null_count:
         row = pc.index(pc.is_null(texts), True).as_py()
         raise BadInput(
@@ -162,26 +158,37 @@ def _words(
     edge = begin_D1[:-1][begin_D1[:-1] < folded_N.size]
     starts_N[edge] = inside_N[edge]
     start_W = np.flatnonzero(starts_N)
+    hashes, first = [np.empty(0, np.uint64)], 0
+    while first < len(start_W):  # as many words at once as a block has room for: a document may be huge
+        last = max(first + 1, int(np.searchsorted(start_W, start_W[first] + _MOST_CHARACTERS)))
+        begin = int(start_W[first])
+        end = int(start_W[last]) if last < len(start_W) else folded_N.size
+        hashes.append(_sums(folded_N[begin:end], start_W[first:last] - begin))
+        first = last
+    return Words(mix(np.concatenate(hashes)), np.searchsorted(start_W, begin_D1))
+
+
+def _sums(folded_N: npt.NDArray[np.unsignedinteger], start_W: Int64Array) -> UInt64Array:
+    """The sum of each word, from its start to the next one's."""
     power_N, inverse_N = powers(folded_N.size)
     running_N1 = np.zeros(folded_N.size + 1, np.uint64)
     term_N = folded_N.astype(np.uint64)
     term_N *= power_N[: folded_N.size]
     np.cumsum(term_N, out=running_N1[1:])
-    before_W = running_N1[np.append(start_W, folded_N.size)]
-    hash_W = np.diff(before_W)
-    hash_W *= inverse_N[start_W]
-    return Words(mix(hash_W), np.searchsorted(start_W, begin_D1))
+    sum_W = np.diff(running_N1[np.append(start_W, folded_N.size)])
+    sum_W *= inverse_N[start_W]
+    return sum_W
 
 
 def powers(size: int) -> tuple[UInt64Array, UInt64Array]:
     """The base's powers 0, 1, ... and their inverses mod 2^64, at least so many."""
-    return _kept_powers() if size <= 2 * BLOCK_BYTES else _powers_of(size)
+    return _kept_powers() if size <= 2 * _MOST_CHARACTERS else _powers_of(size)
 
 
 @cache
 def _kept_powers() -> tuple[UInt64Array, UInt64Array]:
-    """For all blocks but those of one huge document."""
-    return _powers_of(2 * BLOCK_BYTES)
+    """For all but one huge word."""
+    return _powers_of(2 * _MOST_CHARACTERS)
 
 
 def _powers_of(size: int) -> tuple[UInt64Array, UInt64Array]:

@@ -7,6 +7,7 @@ format with its tokenizer, and beside it what the run said of itself:
     metrics.jsonl        a row per step          evaluations.jsonl   a row per held-out evaluation
     ledger.parquet       the sums of all steps   incidents.jsonl     what the guard stopped, if anything
     evaluations/         the ledger of each evaluation, by slice, source and document
+    trace.parquet        which tokens of which documents stood where in each step
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.data.trace import TRACE, write_trace
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.fit import check_context, check_fit
@@ -188,6 +190,10 @@ class TrainStage(Stage, TrainConfig):
             else:
                 save_model(model, draft.path, tokenizer=load_tokenizer(base))
             self._keep_run(workplace.work, draft, outcome)
+            if data is not None:
+                sampler, skipped = config.sampler(), outcome.skipped_windows
+                tokens, steps = workplace.input("data"), outcome.steps
+                write_trace(draft.path / TRACE, data, tokens, sampler, steps=steps, skipped=skipped)
         if tracker is not None:
             tracker.close()
 
