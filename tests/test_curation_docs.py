@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gyrocompass.data.curate.config import BuildConfig
 from gyrocompass.data.curate.rules import Rule
 from gyrocompass.data.curate.step import RecordStep, columns_of
+from gyrocompass.data.sources import Source
 
 DOCS = (Path(__file__).parents[1] / "docs" / "curation.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"```(\w+)\n(.*?)```", DOCS, re.DOTALL))
+FOUND = re.findall(r"```(\w+)\n(.*?)```", DOCS, re.DOTALL)
+BLOCKS = dict(reversed(FOUND))
+"""The first of each language."""
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -42,7 +46,15 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gyro:
     assert "kept" in said["build"] and "too short" in said["build"]
     assert "dropped by the rule: too short" in said["why"] and "the threshold 40" in said["why"]
     assert "the same documents" in said["diff"]
+    assert "reports/dataset-" in said["inspect"] and "anna.weber" not in said["inspect"]
+    assert said["export"].startswith("# notes\n")
     assert "holds it" in said["forget"]
+
+
+def test_the_sources_of_raw_files_are_sources() -> None:
+    (raw,) = [text for kind, text in FOUND if kind == "yaml" and "ingest:" in text]
+    sources = [Source.model_validate(source) for source in yaml.safe_load(raw)["sources"]]
+    assert sources[0].ingest is not None and sources[1].debian is not None
 
 
 def test_every_rule_stands_in_the_table() -> None:

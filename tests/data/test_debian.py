@@ -123,7 +123,8 @@ def test_translations_are_of_one_group(root: Path) -> None:
     found = by_path(read(root), root)
     assert found["man/de/man1/frob.1.gz"].group == found["man/man1/frob.1.gz"].group
     pages = {d.group for path, d in found.items() if "handbook" in path}
-    assert len(pages) == 1 and len({d.group for d in found.values()}) == 7
+    assert len(pages) == 1 and len({d.group for d in found.values()}) == 6
+    assert found["doc/frob/README.fr"].group == found["doc/frob/README"].group == "doc:frob/README"
 
 
 def test_choices(root: Path) -> None:

@@ -1,3 +1,4 @@
+from datetime import UTC
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ from tokenizer_cases import any_text
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.document import (
     Document,
+    Evidence,
     Message,
+    Provenance,
     Quarantined,
     Record,
+    Repair,
     Skipped,
     read_documents,
     read_quarantined,
@@ -19,6 +23,7 @@ from gyrocompass.data.document import (
 )
 
 optional_text = st.none() | any_text
+numbers = st.none() | st.integers(0, 2**62)
 labels = {
     "path": any_text,
     "source": st.sampled_from(["s", "t"]),
@@ -28,6 +33,17 @@ labels = {
     "origin_ids": st.lists(any_text, max_size=2).map(tuple),
     "weight": st.floats(0.001, 100),
     "group": optional_text,
+    "time": st.none() | st.datetimes(timezones=st.just(UTC)),
+    "file_hash": optional_text,
+    "provenance": st.none()
+    | st.builds(
+        Provenance,
+        any_text,
+        st.lists(st.builds(Evidence, any_text, any_text, any_text), max_size=2).map(tuple),
+        st.lists(
+            st.builds(Repair, any_text, st.integers(0, 10**6), st.integers(0, 10**6), any_text), max_size=2
+        ).map(tuple),
+    ),
 }
 messages = st.lists(st.builds(Message, any_text, any_text), max_size=3).map(tuple)
 documents = st.one_of(
@@ -36,7 +52,15 @@ documents = st.one_of(
     st.builds(Document, kind=st.just("chat"), messages=messages, **labels),
 )
 quarantined = st.builds(
-    Quarantined, any_text, st.none() | st.integers(1, 10**6), any_text, any_text, st.just("s"), optional_text
+    Quarantined,
+    any_text,
+    st.none() | st.integers(1, 10**6),
+    any_text,
+    any_text,
+    st.just("s"),
+    optional_text,
+    offset=numbers,
+    n_bytes=numbers,
 )
 records = st.lists(
     st.one_of(documents, quarantined, st.builds(Skipped, any_text, st.sampled_from(["empty file", "limit"])))

@@ -418,7 +418,10 @@ class Recipe(Config):
         ({"jsnl": {"path": "x"}}, "did you mean jsonl"),
         ({"jsonl": {"path": "x", "licens": "MIT"}}, "did you mean licence"),
         ({"jsonl": {"path": "x"}, "stdlib": {}}, "found stdlib, jsonl"),
-        ({}, "a source has one key of stdlib, files, jsonl, parquet, datasets; found none"),
+        (
+            {},
+            "one key of stdlib, files, jsonl, parquet, datasets, dataset, ingest, debian; found none",
+        ),
         ({"stdlib": {"limits": {"code/libary": {"bytes": 3}}}}, "code/library"),
         ({"files": {"path": "x", "weight": -1}}, "greater than 0"),
         ({"files": {"path": "x", "weight": 1e-50}}, "in float32 it must be from"),

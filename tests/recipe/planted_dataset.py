@@ -119,7 +119,7 @@ def build(folder: Path) -> tuple[Store, Parts]:
             "steps": [
                 {"planted_marks": {"as": "personal", "words": {EMAIL: "email"}}},
                 {"planted_marks": {"as": "secrets", "words": {SECRET: "secret.password"}}},
-                {"planted_marks": {"as": "contamination", "words": {"capital of Peru": "quiz"}}},
+                {"planted_marks": {"as": "contamination", "words": {"capital of Peru": "substring:quiz#17"}}},
                 {"planted_marks": {"as": "passages", "words": {"compasses": "repeated"}}},
                 "planted_clusters",
                 "planted_surprisal",

@@ -97,7 +97,9 @@ def test_findings_are_counted_by_kind_and_by_what_became_of_them(
     assert found["secrets", "secret.password"] == Finding(
         "secrets", "secrets", "secret.password", 1, 1, 1, 1, 0
     )
-    assert found["contamination", "quiz"] == Finding("contamination", "contamination", "quiz", 1, 1, 0, 0, 0)
+    assert found["contamination", "substring:quiz"] == Finding(
+        "contamination", "contamination", "substring:quiz", 1, 1, 0, 0, 0
+    )
     assert found["passages", "repeated"].topic == ""
     assert found["passages", "repeated"].spans == sum(n + 2 for n in range(8))
 
@@ -117,6 +119,31 @@ def test_tokens_come_from_what_was_made_of_it(tmp_path: Path) -> None:
     for rows in card.by.values():
         assert all(row.tokens == 5 * row.documents for row in rows)
     assert f"{5 * len(kept)} tokens" in training_summary(card)
+
+
+def test_what_steps_find_out_is_counted_beside_what_sources_say(tmp_path: Path) -> None:
+    pytest.importorskip("py3langid")
+    texts = [
+        "Der Kompass zeigt nach Norden, und niemand weiß genau, warum das so bleibt.",
+        "The compass points north, and nobody knows exactly why it should stay that way.",
+        "Write to ann.huber@posteo.de about the compass, and ask her where the north has gone.",
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    store, parts = build_from_config(
+        tmp_path,
+        {
+            "name": "found",
+            "sources": [{"jsonl": {"path": str(tmp_path / "a.jsonl")}}],
+            "steps": [{"language": {"as": "tongue"}}, "personal"],
+            "rules": [{"mask": {"column": "personal.spans"}}],
+        },
+    )
+    card = read_card(store, parts)
+    assert [(row.name, row.documents) for row in card.by["language"]] == [("unknown", 3)]
+    found = card.by["language, as tongue finds it"]
+    assert {row.name: row.documents for row in found} == {"en": 2, "de": 1}
+    assert sum(row.bytes for row in found) == sum(len(text.encode()) for text in texts)
+    assert "### By language, as tongue finds it" in card_markdown(card)
 
 
 # --- exports ---

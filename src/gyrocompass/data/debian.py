@@ -26,6 +26,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import filterfalse
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
@@ -107,7 +108,7 @@ def fingerprint_debian(config: DebianSource) -> str:
     """A hash of all that would be read, paths, contents and copyright files."""
     packages = Packages(Path(config.root), _FOLDERS.values())
     digest = hashlib.sha256(f"{groff_version()}\0".encode())
-    for file in _files(config, packages):
+    for file in _chosen(_files(config, packages), config.most_documents):
         for path in filter(None, (file.path, packages.copyright_file(file.package))):
             digest.update(f"{path}\0".encode(errors="surrogateescape"))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -181,9 +182,8 @@ def _language(relative: str, package: str | None, part: Part) -> str | None:
     if package and part != "man":
         words.append(package.rpartition("-")[2])
     for word in words:
-        match = _LOCALE.match(word)
-        if match and match[1] in _LANGUAGES:
-            return match[1]
+        if _is_language(word):
+            return re.split(r"[-_.@]", word)[0]
     return "en" if part == "man" else None
 
 
@@ -218,16 +218,24 @@ def _read(file: _File, reader: Reader, packages: Packages, config: DebianSource)
             licence=record.licence or licence,
             language=file.language or record.language,
             provenance=provenance,
-            group=f"{file.part}:{_untranslated(file.relative)}",
+            group=_untranslated(file),
         )
         yield from _sayings(document) if file.part == "fortunes" else [document]
 
 
-def _untranslated(relative: str) -> str:
-    """A file's path without its language: the same for all translations of it."""
-    parts = PurePosixPath(relative).parts
-    kept = [part for part in parts[:-1] if not ((match := _LOCALE.match(part)) and match[1] in _LANGUAGES)]
-    return "/".join([*kept, parts[-1]])
+def _untranslated(file: _File) -> str:
+    """A file's place without its language: the same for all translations of it."""
+    *folders, name = PurePosixPath(file.relative.removesuffix(".gz")).parts
+    stem, *suffixes = name.split(".")
+    kept = [*filterfalse(_is_language, folders), ".".join([stem, *filterfalse(_is_language, suffixes)])]
+    if file.part == "doc" and file.package:
+        kept.insert(0, "-".join(filterfalse(_is_language, file.package.split("-"))))
+    return f"{file.part}:{'/'.join(kept)}"
+
+
+def _is_language(word: str) -> bool:
+    match = _LOCALE.match(word)
+    return match is not None and match[1] in _LANGUAGES
 
 
 def _sayings(document: Document) -> Iterator[Record]:

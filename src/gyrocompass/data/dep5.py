@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 _FORMAT = re.compile(
@@ -211,11 +212,12 @@ def _paragraphs(text: str) -> Iterator[tuple[int, dict[str, str]]]:
             fields[last] = value.strip()
 
 
-def _matches(patterns: Sequence[str], path: str) -> bool:
-    return any(_pattern(pattern).fullmatch(path) for pattern in patterns)
+def _matches(patterns: tuple[str, ...], path: str) -> bool:
+    return _pattern(patterns).fullmatch(path) is not None
 
 
-def _pattern(pattern: str) -> re.Pattern[str]:
-    """A pattern of the format, in which * and ? match slashes too."""
-    escaped = re.escape(pattern.removeprefix("./"))
-    return re.compile(escaped.replace(r"\*", ".*").replace(r"\?", "."))
+@lru_cache(maxsize=4096)
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Patterns of the format, in which * and ? match slashes too, as one."""
+    escaped = (re.escape(pattern.removeprefix("./")) for pattern in patterns)
+    return re.compile("|".join(each.replace(r"\*", ".*").replace(r"\?", ".") for each in escaped), re.DOTALL)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gyrocompass.core.folder import write_whole
-from gyrocompass.data.curate.card import GROUPINGS, DataCard, Parts
+from gyrocompass.data.curate.card import DataCard, Parts
 from gyrocompass.data.curate.inspection import Inspection, Sample
 from gyrocompass.data.curate.show import funnel, print_build
 from gyrocompass.recipe import report_format as fmt
@@ -95,7 +95,7 @@ def write_data_report(parts: Parts, card: DataCard, seen: Inspection, path: Path
         seen=seen,
         funnel=lines,
         funnel_plot=funnel_plot(lines),
-        groups=[(name, card.by[name], counted_plot(name, card.by[name])) for name in GROUPINGS],
+        groups=[(name, rows, counted_plot(name, rows)) for name, rows in card.by.items()],
         length_plot=histogram_plot(seen.lengths, "bytes of UTF-8", logarithmic=True),
         length_slices=shown_slices(seen.lengths),
         surprisals=surprisals,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from gyrocompass.data.curate.cover import Cover, cover
 from gyrocompass.data.curate.spans import Span, mask
-from gyrocompass.data.document import Document, Message, Step
+from gyrocompass.data.document import Document, Message, Provenance, Repair, Step
 
 WORDS = st.text("ab \n", max_size=12)
 PLACES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=8)
@@ -93,3 +93,14 @@ def test_a_preference_is_covered_in_all_its_answers() -> None:
         "[name].",
     )
     assert kinds == {"name": 2} and covered.origin_ids == (document.id,)
+
+
+def test_repairs_move_with_the_text() -> None:
+    text = "Write to a@b.de in the café, or not."
+    at = text.index("café")
+    noted = Provenance("0" * 64, (), (Repair("mojibake", at, at + 4, "decode utf-8"),))
+    document = Document(kind="text", text=text, path="a", source="s", slice="text", provenance=noted)
+    covered = cover(document, [Cover(Span(9, 15, "email", 1.0), mask)]).document
+    assert covered.provenance is not None
+    (repair,) = covered.provenance.repairs
+    assert covered.text[repair.start : repair.end] == "café"

@@ -36,6 +36,8 @@ from gyrocompass.data.curate.versions import read_facts
 from gyrocompass.data.document import QUARANTINED
 
 GROUPINGS = ("slice", "language", "licence", "source")
+FOUND = {"language": "label", "licences": "expression"}
+"""Steps that find out what sources do not say, and the columns they say it in."""
 UNKNOWN = "unknown"
 """How a licence or a language that nobody knows is called."""
 
@@ -109,7 +111,7 @@ class DataCard(NamedTuple):
     code_version: str
     total: Counted
     by: Mapping[str, tuple[Counted, ...]]
-    """For each of `GROUPINGS`, the largest first."""
+    """For each of `GROUPINGS`, and for what each step of `FOUND` says, the largest first."""
     read_documents: int
     read_bytes: int
     dropped: tuple[Dropped, ...]
@@ -160,6 +162,7 @@ def read_card(store: Store, parts: Parts) -> DataCard:
     dataset, corpus, _, config = parts
     facts, manifest = read_facts(dataset.path), dataset.manifest
     tokens = document_tokens(store, dataset)
+    kept = kept_ids(dataset.path)
     statistics = pq.read_table(dataset.path / STATISTICS)
     token_sums = _token_sums(dataset.path, tokens)
     counts = manifest.counts
@@ -174,13 +177,13 @@ def read_card(store: Store, parts: Parts) -> DataCard:
         created_at=manifest.created_at,
         code_version=manifest.code_version,
         total=total,
-        by={name: _grouped(statistics, name, token_sums) for name in GROUPINGS},
+        by={name: _grouped(statistics, name, token_sums) for name in GROUPINGS} | _found(parts, kept, tokens),
         read_documents=int(corpus.manifest.counts["documents"]),
         read_bytes=int(corpus.manifest.counts["bytes"]),
         dropped=tuple(_dropped(dataset.path)),
         lost=tuple(_lost(dataset.path)),
         skipped=json.loads((corpus.path / SKIPPED).read_text("utf-8")),
-        findings=tuple(_findings(parts)),
+        findings=tuple(_findings(parts, kept)),
         sources=tuple(source.model_dump(mode="json", exclude_none=True) for source in config.sources),
         steps=tuple(named.label for named in config.steps),
         rules=tuple(f"{rule.action}: {rule.title}" for rule in config.rules),
@@ -299,28 +302,53 @@ def topic_of(step: str) -> str:
     )
 
 
-def kept_ids(folder: Path) -> set[str]:
-    """The documents of the corpus that stay, whether as they were or covered."""
+def kept_ids(folder: Path) -> dict[str, str]:
+    """The documents of the corpus that stay, each with its id in the data set: a new one if it is covered."""
     covered = pq.read_table(folder / COVERED, columns=["id", "new_id"])
     before = dict(zip(covered["new_id"].to_pylist(), covered["id"].to_pylist(), strict=True))
     return {
-        before.get(name, name)
+        before.get(name, name): name
         for batch in document_batches(folder, ["id"])
         for name in batch["id"].to_pylist()
     }
 
 
-def _findings(parts: Parts) -> Iterator[Finding]:
+def _found(
+    parts: Parts, kept: Mapping[str, str], tokens: Mapping[str, int]
+) -> dict[str, tuple[Counted, ...]]:
+    """What steps say of the documents that stay, with their bytes before anything in them was covered."""
+    columns = {
+        f"{named.step.name}, as {named.label} finds it": f"{named.label}.{FOUND[named.step.name]}"
+        for named in parts.config.steps
+        if named.step.name in FOUND
+    }
+    sums: dict[str, defaultdict[str, Counter[str]]] = {name: defaultdict(Counter) for name in columns}
+    if columns:
+        for batch in parts.corpus.batches(["id", "n_bytes", *columns.values()]):
+            for row in batch.to_pylist():
+                if row["id"] in kept:
+                    size = {"documents": 1, "bytes": row["n_bytes"], "tokens": tokens.get(kept[row["id"]], 0)}
+                    for name, column in columns.items():
+                        sums[name][row[column] or UNKNOWN].update(size)
+    return {
+        name: tuple(
+            Counted(value, each["documents"], each["bytes"], each["tokens"] if tokens else None)
+            for value, each in sorted(values.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+        )
+        for name, values in sums.items()
+    }
+
+
+def _findings(parts: Parts, kept: Mapping[str, str]) -> Iterator[Finding]:
     columns = span_columns(parts.config)
     if not columns:
         return
-    kept = kept_ids(parts.dataset.path)
     sums: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for batch in parts.corpus.batches(["id", *columns]):
         stays = [name in kept for name in batch["id"].to_pylist()]
         for column in columns:
             step = column.partition(".")[0]
-            for row, kinds in _kinds(batch[column]):
+            for row, kinds in _kinds(batch[column], topic_of(step)):
                 for kind, count in kinds.items():
                     found = sums[step, kind]
                     found.update({"documents": 1, "spans": count})
@@ -340,11 +368,12 @@ def _findings(parts: Parts) -> Iterator[Finding]:
         )
 
 
-def _kinds(column: pa.Array) -> Iterator[tuple[int, Counter[str]]]:
-    """For each row that has spans: how many of each kind."""
+def _kinds(column: pa.Array, topic: str) -> Iterator[tuple[int, Counter[str]]]:
+    """For each row that has spans: how many of each kind; of benchmarks, without the number of the item."""
     filled = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     for row in filled.nonzero()[0].tolist():
-        yield row, Counter(span["kind"] for span in column[row].as_py())
+        kinds = [span["kind"] for span in column[row].as_py()]
+        yield row, Counter(kind.partition("#")[0] if topic == "contamination" else kind for kind in kinds)
 
 
 def _covered_kinds(folder: Path) -> Counter[str]:
@@ -371,7 +400,7 @@ def card_markdown(card: DataCard) -> str:
         f"{_amount(card.total)}, of {card.read_documents:,} documents ({card.read_bytes:,} bytes) read.",
         "",
     ]
-    for name in GROUPINGS:
+    for name in card.by:
         lines += [f"### By {name}", "", *counted_table(name, card.by[name], card.total), ""]
     lines += ["## What is not in it, and why", ""]
     lines += _dropped_lines(card)

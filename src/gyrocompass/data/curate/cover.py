@@ -62,7 +62,12 @@ def cover(document: Document, covers: Iterable[Cover]) -> Covered:
     if not kinds:
         return Covered(document, kinds)
     changed = _with_texts(document, texts, maps)
-    return Covered(replace(changed, origin_ids=(*document.origin_ids, document.id)), kinds)
+    noted = document.provenance
+    if noted is not None and document.kind == "text":
+        repairs = (each._replace(start=maps[0](each.start), end=maps[0](each.end)) for each in noted.repairs)
+        noted = noted._replace(repairs=tuple(repairs))
+    origin_ids = (*document.origin_ids, document.id)
+    return Covered(replace(changed, origin_ids=origin_ids, provenance=noted), kinds)
 
 
 def _disjoint(covers: Iterable[Cover]) -> list[Cover]:

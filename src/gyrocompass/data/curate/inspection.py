@@ -38,7 +38,7 @@ EXCERPT = 900
 """Characters of a sample that are shown."""
 HIDDEN_TOPICS = ("personal", "secrets")
 
-_SURPRISAL = re.compile(r"nats|surprisal|bits_per|nll|perplexity")
+_SURPRISAL = re.compile(r"\.(bits|nats)_per_")
 _BEFORE = 120
 _POOL = 4
 

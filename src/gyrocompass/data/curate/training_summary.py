@@ -158,6 +158,9 @@ def _reservations(card: DataCard) -> Iterator[str]:
         yield f"Left out before anything was read of them: {opted_out:,} documents on opt-out lists."
     else:
         yield "No document that was found is on an opt-out list of this build."
+    objected = sum(each.documents for each in card.dropped if "objections" in each.column)
+    if objected:
+        yield f"Dropped by rules for a reservation that was found in or for them: {objected:,} documents."
     yield f"Machine-readable reservations at the sources (robots.txt and the like): {_TO_FILL}."
 
 

@@ -181,7 +181,7 @@ class _Header(tarfile.TarInfo):
 
 def _tar_members(
     file: IO[bytes], compression: str, budget: Budget
-) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
+) -> Iterator[tuple[tarfile.TarInfo, Unpacked | None]]:
     """The members of a tar archive in their order, with their bytes where they are plain files.
 
     Raises:
@@ -202,7 +202,7 @@ def _tar_members(
                 vars(archive)["members"] = []  # it would keep all of them
                 plain = member.isreg() and member.sparse is None
                 opened = archive.extractfile(member) if plain else None
-                yield member, None if opened is None else buffered(Unpacked(opened, "", None))
+                yield member, None if opened is None else Unpacked(opened, "", None)
     except tarfile.TarError as error:
         raise Damaged(f"the archive is damaged or cut short ({error})", raw.offset) from error
     while stream.read(_PIECE_BYTES):  # what is wrong with the rest shows when it is unpacked
@@ -229,7 +229,7 @@ def _tar(blob: Blob, file: IO[bytes], compression: str, budget: Budget) -> Itera
                 blob,
                 path=path,
                 name=PurePosixPath(path).name,
-                stream=stream,
+                stream=buffered(stream, member.size),
                 time=_utc(member.mtime),
                 licences=licences,
                 depth=blob.depth + 1,
@@ -257,7 +257,7 @@ def _tar_licences(blob: Blob, file: IO[bytes], compression: str, budget: Budget)
         for member, stream in _tar_members(file, compression, Budget(budget.limits, budget.packed_bytes)):
             if stream is not None and is_licence_file(member.name):
                 path = _member(blob, member.name)
-                found[path] = evidence.of_file(path, stream.read(_LICENCE_BYTES))
+                found[path] = evidence.of_file(path, buffered(stream, member.size).read(_LICENCE_BYTES))
     except Stopped:
         pass  # said when the members themselves are read
     return blob.licences.joined(found)
@@ -334,7 +334,7 @@ def _zip_member(
                 blob,
                 path=path,
                 name=PurePosixPath(path).name,
-                stream=buffered(Unpacked(stream, "", budget)),
+                stream=buffered(Unpacked(stream, "", budget), size),
                 time=_zip_time(member),
                 licences=licences,
                 depth=blob.depth + 1,

@@ -190,9 +190,9 @@ class Unpacked(io.RawIOBase):
         return len(data)
 
 
-def buffered(raw: Unpacked) -> io.BufferedReader:
-    """The stream with lines."""
-    return io.BufferedReader(raw, _MIB)
+def buffered(raw: Unpacked, n_bytes: int = _MIB) -> io.BufferedReader:
+    """The stream with lines; it holds no more than its `n_bytes`, where these are known to be few."""
+    return io.BufferedReader(raw, min(max(n_bytes, 1), _MIB))
 
 
 def _why(error: Exception) -> str:
