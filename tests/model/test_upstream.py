@@ -84,6 +84,24 @@ def test_ids_go_in_and_come_out() -> None:
     assert (asked[0]["top_p"], asked[0]["top_k"], asked[0]["repetition_penalty"]) == (1.0, -1, 1.0)
 
 
+@pytest.mark.parametrize(
+    "metadata, step",
+    [
+        ({"weight_version": "120"}, 120),
+        ({"weight_version": "step-00000120"}, 120),
+        ({"weight_version": 7}, 7),
+        ({"weight_version": "default"}, None),
+        ({"weight_version": None}, None),
+        ({}, None),
+        (None, None),
+        ("v2", None),
+    ],
+)
+def test_the_weights_are_those_that_the_server_names(metadata: Any, step: int | None) -> None:
+    with serving((200, lambda asked: counting(asked) | {"metadata": metadata})) as (_, config):
+        assert [one.weights_step for one in sampled(config)] == [step, step]
+
+
 def test_what_passes_is_tried_again() -> None:
     pauses: list[float] = []
     with serving((503, {}), (429, {}), (200, counting)) as (_, config):
