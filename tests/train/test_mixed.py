@@ -5,8 +5,10 @@ Shape legend: T positions of a window.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixed_run import BLEND, LENGTH, NEW, OBJECTIVE, mixed, rollouts_of
+from mixed_run import BLEND, LENGTH, NEW, OBJECTIVE, mixed, own_samples, rollouts_of
 from safetensors.torch import load_file
 from test_loop import InterruptAfter, assert_parameters_agree, assert_same_run
-from tiny_run import tiny_data, tiny_model
+from tiny_run import VOCABULARY, tiny_data, tiny_model
 
 import processes
 from gyrocompass.core.errors import BadInput, Interrupted
 from gyrocompass.data.mixture import Sampler
+from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.loss.objective import Composite, parse_objectives
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.model.sampler import Sampled
+from gyrocompass.recipe.stages.rollouts import score_logprobs
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.metrics import read_metrics
@@ -230,13 +234,13 @@ def test_a_killed_run_resumes_bit_identical(tmp_path: Path, killed_at: int) -> N
 def test_other_texts_or_other_samples_are_another_run(tmp_path: Path) -> None:
     settings_ = config(steps=1)
     trained(tmp_path, settings_)
-    with pytest.raises(BadInput, match="another run"):
+    with pytest.raises(BadInput, match="a run with another config, data or model"):
         trained(tmp_path, settings_, ahead=1)
     model = tiny_model(settings_, dropout=False)
     other = MixedSource(
         PackedSource(tiny_data(seed=5), settings_.sampler()), mixed(model, settings_).rollouts
     )
-    with pytest.raises(BadInput, match="another run"):
+    with pytest.raises(BadInput, match="a run with another config, data or model"):
         train(model, other, settings_, tmp_path)
 
 
@@ -288,3 +292,59 @@ def test_doremi_weighs_the_slices_of_the_data_alone(tmp_path: Path) -> None:
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]["slice_weights"]
     assert set(last) == {"slice-0", "slice-1"} and last["slice-0"] != last["slice-1"]
     assert all(np.isfinite(list(last.values())))
+
+
+# --- a constrained run, beside one without the constraint ---
+
+
+def prose() -> TokenDataset:
+    """Texts that count up by one, two or three: a language that a tiny model learns."""
+    rows = []
+    for number in range(24):
+        size = 20 + number % 9
+        ids = [1 + (number + (1 + number % 3) * place) % (VOCABULARY - 1) for place in range(size)]
+        rows.append(TokenRow(f"text-{number}", "prose", "made", ids, [1] * size, [1.0] * size))
+    return TokenDataset.of(rows)
+
+
+def learning(**changes: Any) -> TrainConfig:
+    optimizer = {"learning_rate": 5e-3, "weight_decay": 0.0, "schedule": {"shape": "constant"}}
+    plain = {"precision": "float32", "rows_per_step": 8, "rows_per_micro_batch": 16, "blend": None}
+    return config(**{**plain, "optimizer": optimizer, "checkpoint_every_steps": 1000, **changes})
+
+
+def test_reward_rises_while_the_loss_on_prose_is_held_under_a_bound(tmp_path: Path) -> None:
+    """The issue's example. Reward wants one token everywhere, which prose has once in a while."""
+    data, bound = prose(), 0.02
+    first = tiny_model(learning(), dropout=False)
+    at_first = {"steps": 300, "objective": ["nll"], "optimizer": {"learning_rate": 0.02, "weight_decay": 0.0}}
+    train(first, data, learning(**at_first), tmp_path / "first")
+    data = data.with_column("reference_logprob", score_logprobs(first, LENGTH, 8, data))
+
+    def excess_nats(model: torch.nn.Module) -> float:
+        """Over all texts, as the run leaves the model."""
+        own_N = score_logprobs(model, LENGTH, 8, data)
+        return float(np.nanmean(data.columns["reference_logprob"] - own_N))
+
+    def run(name: str, weight: float, **changes: Any) -> tuple[float, list[dict[str, Any]]]:
+        kept = {"excess_nll": {"name": "prose", "of": "data", "slices": ["prose"], "weight": weight}}
+        settings_ = learning(objective=[{"clipped_surrogate": {"of": "rollouts"}}, kept], **changes)
+        model = copy.deepcopy(first)
+        rollouts = rollouts_of(partial(own_samples, model), advantage={"scale": "batch"})
+        source = MixedSource(PackedSource(data, settings_.sampler()), rollouts)
+        train(model, source, settings_, tmp_path / name)
+        return excess_nats(model), read_metrics(tmp_path / name / "metrics.jsonl")
+
+    def reward(rows: list[dict[str, Any]]) -> float:
+        return float(np.mean([row["rollout"]["reward"] for row in rows]))
+
+    lagrangian = {"objective": "prose", "bound": bound, "rate": 3.0}
+    free_excess, free = run("free", 0.0, steps=40)
+    held_excess, held = run("held", 1.0, steps=100, blend={"lagrangian": lagrangian})
+    assert reward(free[-10:]) > reward(free[:5]) + 0.5 and free_excess > 25 * bound
+    assert reward(held[-10:]) > reward(held[:5]) + 0.5
+    assert held_excess < bound
+    assert np.mean([row["objective"]["prose"] for row in held[50:]]) < bound  # in the mean over steps
+    assert max(row["objective"]["prose"] for row in held) > bound  # it had to be held
+    weights = [row["objective_weights"]["prose"] for row in held]
+    assert weights[0] == 1.0 and max(weights) > 1.2
