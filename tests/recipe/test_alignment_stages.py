@@ -20,9 +20,9 @@ from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.recipe import load_recipe, recipe_from
 from gyrocompass.recipe.report_alignment import judged_models, measures
 from gyrocompass.recipe.run import read_run, run_recipe
+from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.recipe.verify import verify_recipe
 from gyrocompass.recipe.verify_checks import partition
-from gyrocompass.recipe.verify_resume import resume
 from tiny_recipe import write_recipe
 
 LENGTH = 500
@@ -162,26 +162,18 @@ def test_a_stage_reads_data_and_rollouts_in_one_window(finished: Path) -> None:
 
 
 def test_its_data_is_verified_without_its_rollouts(tmp_path: Path) -> None:
-    stages = changed(tmp_path)["stages"]
-    kept = (
-        "preferring",
-        "reinforced",
-        "reward_model",
-        *(name for name in stages if name.startswith("align_")),
-    )
-    recipe = recipe_from(
-        {"name": "tiny", "tracking": {"mlflow": None}}
-        | {"stages": {name: stage for name, stage in stages.items() if name not in kept}},
-        [],
-        "test",
-    )
-    found = verify_recipe(
-        recipe, Store(tmp_path / "store"), Console(quiet=True), {"partition": partition, "resume": resume}
-    )
-    assert [(row.stage, row.check, row.finding.passed) for row in found if row.stage == "constrained"] == [
-        ("constrained", "partition", True),
-        ("constrained", "resume", True),
-    ]
+    recipe = changed(tmp_path)
+    later = ("preferring", "reinforced", "reward_model", "align_")
+    stages = {name: stage for name, stage in recipe["stages"].items() if not name.startswith(later)}
+    checked = recipe_from(recipe | {"stages": stages}, [], "test")
+    store, console = Store(tmp_path / "store"), Console(quiet=True)
+    rows = verify_recipe(checked, store, console, {"partition": partition})
+    assert [row.finding.passed for row in rows if row.stage == "constrained"] == [True]
+    stage = checked.stages["constrained"]
+    assert isinstance(stage, TrainStage)
+    of_data = TrainStage.model_validate_json(stage.of_data().model_dump_json())  # how `resume` reads it
+    assert of_data.objective == (STAGES["constrained"]["objective"][1],)
+    assert of_data.rollouts is None and of_data.blend is None and of_data.data == stage.data
 
 
 def test_the_report_compares_the_models(finished: Path) -> None:
@@ -215,7 +207,11 @@ def test_a_sample_leads_back_to_its_documents(finished: Path) -> None:
         ("reinforced", {"engine": {"url": "here", "model": "m"}}, "valid URL"),
         ("reinforced", {"rows_per_step": 4}, "with rollouts alone: a step of rollouts is .*, here 6"),
         ("reinforced", {"slice_weights": {"chat/body": 1}}, "goes with data, not with rollouts alone"),
-        ("constrained", {"objective": ["nll"]}, "say which it is about, `of: data` or `of: rollouts`"),
+        (
+            "constrained",
+            {"objective": ["nll"], "blend": None},
+            "say which it is about, `of: data` or `of: ro",
+        ),
         ("constrained", {"objective": [{"reinforce": {"of": "rollouts"}}], "blend": None}, "is of data"),
         ("constrained", {"objective": [{"nll": {"of": "texts"}}]}, "unknown choice 'texts'"),
         ("preferring", {"objective": [{"dpo": {"of": "rollouts"}}]}, "the stage has only data"),

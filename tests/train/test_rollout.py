@@ -29,6 +29,7 @@ from gyrocompass.model.scalar_head import attach_scalar_head
 from gyrocompass.recipe.stages.rollouts import score_logprobs, score_tokens, score_values
 from gyrocompass.train.answers import FloatArray, Prompt
 from gyrocompass.train.config import TrainConfig
+from gyrocompass.train.distributed import World
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 from gyrocompass.train.watch import GamingWatch, WatchConfig
@@ -69,7 +70,9 @@ def embedded(model: torch.nn.Module, prompts: Sequence[Sequence[int]], seeds: Se
 def source_of(model: torch.nn.Module, reward: WeightedSum = WISH, **changes: Any) -> RolloutSource:
     settings = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": NEW, **changes}
     more = {
-        name: settings.pop(name) for name in ("reference", "values", "generate", "served") if name in settings
+        name: settings.pop(name)
+        for name in ("reference", "values", "generate", "served", "world")
+        if name in settings
     }
     generate = more.pop("generate", partial(embedded, model))
     return RolloutSource(
@@ -236,6 +239,18 @@ def test_a_run_whose_served_engine_dies_resumes_bit_identical(tmp_path: Path) ->
     train(resumed, source_of(resumed, generate=written, served=True, ahead_steps=2), config(), died)
     for (name, one), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_a_rank_whose_engine_fails_ends_all_ranks() -> None:
+    """The others do not wait for samples that never come."""
+
+    class OneOfTwo(World):
+        def gather_json(self, value: Any) -> list[Any]:
+            return [value, [[], "the engine failed 4 times in a row"]]
+
+    source = source_of(tiny(), generate=written, world=OneOfTwo(0, 2))
+    with pytest.raises(GyroError, match="sampling failed on rank 1: the engine failed 4 times"):
+        source.next(0)
 
 
 def test_staleness_counts_from_the_weights_that_drew_a_sample() -> None:
