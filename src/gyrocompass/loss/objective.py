@@ -257,7 +257,7 @@ def _slices_of(part: Part, slices: Mapping[Kind, Sequence[str]]) -> tuple[str, .
         if name not in known:
             raise BadInput(
                 f"the objective {part.name} is about the slice {name}, "
-                f"which is not in the {part.of or 'data'}" + did_you_mean(name, known)
+                f"which is not in the {part.of or ', '.join(slices)}" + did_you_mean(name, known)
             )
     return tuple(known) if part.slices is None and part.of is not None else part.slices
 
