@@ -320,6 +320,6 @@ def test_doremi_needs_slices() -> None:
 def test_unknown_and_empty_slices_are_refused() -> None:
     composite = parse_objectives([{"nll": {"slices": ["prose/doc"]}}])
     with pytest.raises(BadInput, match=r"nll is about the slice prose/doc, .*; did you mean prose/docs\?"):
-        composite.check_slices(("code", "prose/docs"))
+        composite.within({"data": ("code", "prose/docs")})
     with pytest.raises(ConfigError, match="slices"):
         parse_objectives([{"nll": {"slices": []}}])

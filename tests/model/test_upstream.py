@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from gyrocompass.core.errors import BadInput, GyroError
+from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.sampler import Sampled, Sampling
 from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
+from gyrocompass.train.answers import Prompt
+from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 
 SAMPLING = Sampling(max_new_tokens=5, end_ids=(0,))
 
@@ -84,6 +87,24 @@ def test_ids_go_in_and_come_out() -> None:
     assert (asked[0]["top_p"], asked[0]["top_k"], asked[0]["repetition_penalty"]) == (1.0, -1, 1.0)
 
 
+@pytest.mark.parametrize(
+    "metadata, step",
+    [
+        ({"weight_version": "120"}, 120),
+        ({"weight_version": "step-00000120"}, 120),
+        ({"weight_version": 7}, 7),
+        ({"weight_version": "default"}, None),
+        ({"weight_version": None}, None),
+        ({}, None),
+        (None, None),
+        ("v2", None),
+    ],
+)
+def test_the_weights_are_those_that_the_server_names(metadata: Any, step: int | None) -> None:
+    with serving((200, lambda asked: counting(asked) | {"metadata": metadata})) as (_, config):
+        assert [one.weights_step for one in sampled(config)] == [step, step]
+
+
 def test_what_passes_is_tried_again() -> None:
     pauses: list[float] = []
     with serving((503, {}), (429, {}), (200, counting)) as (_, config):
@@ -136,3 +157,34 @@ def test_nobody_there() -> None:
 def test_other_answers_are_bad_input(status: int, body: Any, message: str) -> None:
     with serving((status, body)) as (_, config), pytest.raises(BadInput, match=message):
         sampled(config)
+
+
+def test_windows_are_written_ahead_while_the_learner_computes() -> None:
+    """Over HTTP: the server holds back the second window until the learner has the first."""
+    learns, lock, seen = threading.Event(), threading.Lock(), [0]
+
+    def held_back(asked: dict[str, Any]) -> dict[str, Any]:
+        with lock:
+            seen[0] += 1
+            first_window = seen[0] <= 4
+        assert first_window or learns.wait(60), "the learner waits for a window that it does not need"
+        return counting(asked)
+
+    def windows(ahead: int, answer: Any) -> list[list[int]]:
+        with serving((200, answer)) as (_, config):
+            config = config.model_copy(update={"timeout_s": 60.0})
+            prompts = [Prompt(str(n), "s", "made", "", (n + 1, 9 + n), {}) for n in range(3)]
+            source = RolloutSource(
+                prompts,
+                lambda ids, seeds: sample_upstream(config, ids, seeds, SAMPLING),
+                str,
+                parse_rewards(["distinct"]),
+                RolloutConfig(prompts_per_step=2, samples_per_prompt=2, max_new_tokens=5, ahead_steps=ahead),
+                length=16,
+                served=True,
+            )
+            first = source.next(0)
+            learns.set()
+            return [window.data.id_N.tolist() for window in (first, source.next(1), source.next(2))]
+
+    assert windows(1, held_back) == windows(0, counting)

@@ -20,6 +20,9 @@ from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.recipe import load_recipe, recipe_from
 from gyrocompass.recipe.report_alignment import judged_models, measures
 from gyrocompass.recipe.run import read_run, run_recipe
+from gyrocompass.recipe.stages.train import TrainStage
+from gyrocompass.recipe.verify import verify_recipe
+from gyrocompass.recipe.verify_checks import partition
 from tiny_recipe import write_recipe
 
 LENGTH = 500
@@ -27,6 +30,7 @@ TRAIN = {"kind": "train", "model": "fine_tuned", "sequence_length": LENGTH, "row
 TRAIN |= {"guard": {"spike_z": None}}
 PREFERENCES = {"kind": "tokens", "tokenizer": "tokenizer", "max_tokens": LENGTH, "max_quarantined_share": 1.0}
 SAMPLING = {"prompts": "train_pairs", "prompt_slices": ["chat/body"], "rewards": ["parses", "distinct"]}
+ROLLOUTS = {"prompts_per_step": 2, "samples_per_prompt": 3, "max_new_tokens": 8}
 STAGES: dict[str, Any] = {
     "held_out_pairs": {"kind": "pairs", "documents": "held_out_documents"},
     "train_preferences": {"kind": "preferences", "documents": "train_pairs"},
@@ -42,13 +46,30 @@ STAGES: dict[str, Any] = {
     "reward_model": TRAIN
     | {"scalar_head": True, "data": "preference_tokens", "objective": [{"reward_pairs": {"centring": 0.01}}]},
     "preferring": TRAIN | {"data": "reference", "objective": [{"dpo": {}}, {"chosen_nll": {"weight": 0.1}}]},
-    "reinforced": TRAIN
+    "pair_reference": {
+        "kind": "reference",
+        "data": "train_pair_tokens",
+        "model": "fine_tuned",
+        "sequence_length": LENGTH,
+    },
+    "constrained": TRAIN
+    | SAMPLING
+    | {
+        "data": "pair_reference",
+        "rollouts": ROLLOUTS,
+        "objective": [
+            {"clipped_surrogate": {"of": "rollouts"}},
+            {"excess_nll": {"name": "kept", "of": "data", "slices": ["chat/body"]}},
+        ],
+        "blend": {"lagrangian": {"objective": "kept", "bound": 0.02, "rate": 0.5}},
+    },
+    "reinforced": {key: value for key, value in TRAIN.items() if key != "rows_per_step"}
     | SAMPLING
     | {
         "model": "preferring",
         "reference": "fine_tuned",
         "objective": [{"clipped_surrogate": {}}, {"reference_kl": {"weight": 0.1}}],
-        "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 3, "max_new_tokens": 8},
+        "rollouts": ROLLOUTS,
         "watch": {"gold": ["compiles"], "prompts": 3, "samples_per_prompt": 2},
         "watch_prompts": "held_out_pairs",
         "evaluate_every_steps": 1,
@@ -127,6 +148,34 @@ def test_rollouts_and_the_watch_leave_their_rows(finished: Path) -> None:
     assert [look["step"] for look in looks] == [0, 1, 2] and looks[0]["samples"] == 6
 
 
+def test_a_stage_reads_data_and_rollouts_in_one_window(finished: Path) -> None:
+    folder = folder_of(Store(finished), "constrained")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert {"chat/body", "rollouts/chat/body"} <= set(row["nll_nats"])
+        assert row["rollout"]["samples"] == 6 and set(row["objective"]) == {"clipped_surrogate", "kept"}
+    assert rows[0]["objective"]["kept"] == pytest.approx(0, abs=1e-5)  # the model begins as its reference
+    assert rows[0]["objective_weights"]["kept"] == 1.0
+    assert rows[1]["objective_weights"]["kept"] == pytest.approx(0.99, abs=1e-4)
+    page = (finished / "runs" / "tiny" / "report.html").read_text()
+    assert "pair_reference and its own samples of train_pairs" in page and "rollouts/chat/body" in page
+
+
+def test_its_data_is_verified_without_its_rollouts(tmp_path: Path) -> None:
+    recipe = changed(tmp_path)
+    later = ("preferring", "reinforced", "reward_model", "align_")
+    stages = {name: stage for name, stage in recipe["stages"].items() if not name.startswith(later)}
+    checked = recipe_from(recipe | {"stages": stages}, [], "test")
+    store, console = Store(tmp_path / "store"), Console(quiet=True)
+    rows = verify_recipe(checked, store, console, {"partition": partition})
+    assert [row.finding.passed for row in rows if row.stage == "constrained"] == [True]
+    stage = checked.stages["constrained"]
+    assert isinstance(stage, TrainStage)
+    of_data = TrainStage.model_validate_json(stage.of_data().model_dump_json())  # how `resume` reads it
+    assert of_data.objective == (STAGES["constrained"]["objective"][1],)
+    assert of_data.rollouts is None and of_data.blend is None and of_data.data == stage.data
+
+
 def test_the_report_compares_the_models(finished: Path) -> None:
     store = Store(finished)
     judged = judged_models(read_run(store, "tiny"), store)
@@ -156,6 +205,16 @@ def test_a_sample_leads_back_to_its_documents(finished: Path) -> None:
         ("reinforced", {"rollouts": {"samples_per_prompt": 1}}, "set rollouts.samples_per_prompt to 2"),
         ("reinforced", {"rollouts": {"advantage": {"kind": "gae"}}}, "need `scalar_head: true`"),
         ("reinforced", {"engine": {"url": "here", "model": "m"}}, "valid URL"),
+        ("reinforced", {"rows_per_step": 4}, "with rollouts alone: a step of rollouts is .*, here 6"),
+        ("reinforced", {"slice_weights": {"chat/body": 1}}, "goes with data, not with rollouts alone"),
+        (
+            "constrained",
+            {"objective": ["nll"], "blend": None},
+            "say which it is about, `of: data` or `of: ro",
+        ),
+        ("constrained", {"objective": [{"reinforce": {"of": "rollouts"}}], "blend": None}, "is of data"),
+        ("constrained", {"objective": [{"nll": {"of": "texts"}}]}, "unknown choice 'texts'"),
+        ("preferring", {"objective": [{"dpo": {"of": "rollouts"}}]}, "the stage has only data"),
         ("preferring", {"objective": ["dppo"]}, "unknown objective 'dppo'"),
         ("align_preferring", {"rewards": []}, "prompts and rewards go together"),
     ],
@@ -166,4 +225,29 @@ def test_mistakes_are_said_before_any_work(
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(changed(tmp_path / "d", **{stage: STAGES[stage] | changes})))
     with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))
+
+
+def test_a_mistake_is_said_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    objective = [{"clipped_surrogate": {"of": "rollouts"}}, {"excess_nll": {"name": "kept"}}]
+    path.write_text(
+        yaml.safe_dump(changed(tmp_path / "d", constrained=STAGES["constrained"] | {"objective": objective}))
+    )
+    lines = path.read_text().splitlines()
+    line = next(
+        n for n, text in enumerate(lines, 1) if text.strip() == "- excess_nll:" and "of" not in lines[n]
+    )
+    with pytest.raises(
+        ConfigError, match=rf"wrong.yaml:{line}: stages.constrained.objective.1: the stage has data"
+    ):
+        load_recipe(str(path))
+
+
+def test_a_multiplier_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    kept = {"excess_nll": {"name": "kept", "of": "data", "weight": 0.0}}
+    changes = {"objective": [{"clipped_surrogate": {"of": "rollouts"}}, kept]}
+    path.write_text(yaml.safe_dump(changed(tmp_path / "d", constrained=STAGES["constrained"] | changes)))
+    with pytest.raises(ConfigError, match=r"objective\.1: its weight is 0, and so is 0 times the multiplier"):
         load_recipe(str(path))

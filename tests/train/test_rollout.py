@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,23 @@ import torch
 from tiny_run import ARCHITECTURE
 
 from gyrocompass.core.errors import BadInput, GyroError
+from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig
 from gyrocompass.measure.reward import Part, Sample, WeightedSum
+from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.load import new_causal_lm
 from gyrocompass.model.sampler import Sampled, Sampling, sample
 from gyrocompass.model.scalar_head import attach_scalar_head
 from gyrocompass.recipe.stages.rollouts import score_logprobs, score_tokens, score_values
+from gyrocompass.train.answers import FloatArray, Prompt
 from gyrocompass.train.config import TrainConfig
+from gyrocompass.train.distributed import World
 from gyrocompass.train.loop import Outcome, train
-from gyrocompass.train.rollout import Prompt, RolloutConfig, RolloutSource
+from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 from gyrocompass.train.watch import GamingWatch, WatchConfig
 
 WANTED, END, LENGTH, NEW = 5, 0, 24, 8
+PATIENCE_S = 60
 PROMPTS = [Prompt(f"p{n}", f"slice-{n % 2}", "made", f"{n}", (n + 1, 7), {}) for n in range(6)]
 
 
@@ -63,7 +69,11 @@ def embedded(model: torch.nn.Module, prompts: Sequence[Sequence[int]], seeds: Se
 
 def source_of(model: torch.nn.Module, reward: WeightedSum = WISH, **changes: Any) -> RolloutSource:
     settings = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": NEW, **changes}
-    more = {name: settings.pop(name) for name in ("reference", "values", "generate") if name in settings}
+    more = {
+        name: settings.pop(name)
+        for name in ("reference", "values", "generate", "served", "world")
+        if name in settings
+    }
     generate = more.pop("generate", partial(embedded, model))
     return RolloutSource(
         PROMPTS, generate, decode, reward, RolloutConfig.model_validate(settings), LENGTH, **more
@@ -155,6 +165,142 @@ def test_a_resumed_run_learns_from_the_same_samples(tmp_path: Path, ahead: int) 
     plain = [[row["loss"], row["rollout"]] for row in rows(tmp_path / "whole")]
     assert plain == [[row["loss"], row["rollout"]] for row in rows(died)]
     assert [row["rollout"]["staleness_steps"] for row in rows(died)][-1] == ahead
+
+
+# --- an engine that is served elsewhere ---
+
+
+def written(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, weights_step: int | None = None
+) -> list[Sampled]:
+    """What a server answers: the seed decides, not the learner."""
+    sizes = [1 + seed % NEW for seed in seeds]
+    return [Sampled([WANTED] * size, [-1.0] * size, True, weights_step) for size in sizes]
+
+
+def test_a_served_engine_writes_ahead_while_the_learner_computes() -> None:
+    """The second window cannot be written before the first has been given to the learner."""
+    learns, calls = threading.Event(), itertools.count()
+
+    def generate(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Sampled]:
+        if next(calls) == 1:
+            assert learns.wait(PATIENCE_S), "the learner waits for a window that it does not need"
+        return written(prompts, seeds)
+
+    source = source_of(tiny(), generate=generate, served=True, ahead_steps=1)
+    first = source.next(0)
+    learns.set()
+    second = source.next(1)
+    plain = source_of(tiny(), generate=written, served=True)
+    for step, window in enumerate((first, second)):
+        again = plain.next(step)
+        assert again.data.document_ids == window.data.document_ids
+        assert np.array_equal(again.packed.token_T, window.packed.token_T)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_checkpoint_holds_what_it_would_hold_had_nothing_run_beside_it(served: bool) -> None:
+    """Law 4: what was asked for is awaited, so the state does not tell how fast the engine is."""
+    generate = partial(written, weights_step=0)
+    plain, source, resumed = (
+        source_of(tiny(), generate=generate, served=served, ahead_steps=ahead) for ahead in (0, 2, 2)
+    )
+    source.next(0)
+    state = json.loads(json.dumps(source.state()))
+    assert state["number"] == 3 and [entry[:2] for entry in state["waiting"]] == [[1, 0], [2, 0]]
+    resumed.restore(state)
+    assert json.loads(json.dumps(resumed.state())) == state
+    plain.next(0)
+    for step in (1, 2, 3, 4):
+        one, other, apart = (which.next(step) for which in (resumed, source, plain))
+        assert np.array_equal(one.packed.token_T, other.packed.token_T)
+        assert np.array_equal(one.packed.token_T, apart.packed.token_T)
+        assert resumed.metrics() == source.metrics()
+
+
+def test_a_run_whose_served_engine_dies_resumes_bit_identical(tmp_path: Path) -> None:
+    """What the engine could not write is asked for again; the checkpoint before it is needed is whole."""
+    whole = tiny()
+    train(whole, source_of(whole, generate=written, served=True, ahead_steps=2), config(), tmp_path / "whole")
+    calls = itertools.count()
+
+    def dying(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Sampled]:
+        if next(calls) >= 5:  # asked for in step 4 and in flight at its checkpoint, needed in step 6
+            raise GyroError("the engine failed 4 times in a row")
+        return written(prompts, seeds)
+
+    died, model = tmp_path / "died", tiny()
+    with pytest.raises(GyroError, match="failed 4 times"):
+        train(model, source_of(model, generate=dying, served=True, ahead_steps=2), config(), died)
+    saved = json.loads((died / "step-00000004" / "state.json").read_text())["source"]
+    assert saved["number"] == 5 and [entry[0] for entry in saved["waiting"]] == [4]
+    assert len(rows(died)) == 5
+    resumed = tiny()
+    train(resumed, source_of(resumed, generate=written, served=True, ahead_steps=2), config(), died)
+    for (name, one), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_rank_whose_engine_fails_ends_all_ranks() -> None:
+    """The others do not wait for samples that never come."""
+
+    class OneOfTwo(World):
+        def gather_json(self, value: Any) -> list[Any]:
+            return [value, [[], "the engine failed 4 times in a row"]]
+
+    source = source_of(tiny(), generate=written, world=OneOfTwo(0, 2))
+    with pytest.raises(GyroError, match="sampling failed on rank 1: the engine failed 4 times"):
+        source.next(0)
+
+
+def test_staleness_counts_from_the_weights_that_drew_a_sample() -> None:
+    """The model's own are those of the step; a server's are those it names, and unknown if it names none."""
+    metrics = {}
+    for name, served, weights_step in (("own", False, 40), ("named", True, 40), ("unnamed", True, None)):
+        generate = partial(written, weights_step=weights_step)
+        source = source_of(tiny(), generate=generate, served=served, ahead_steps=1)
+        for step in (50, 51):
+            source.next(step)
+        metrics[name] = source.metrics()
+    assert metrics["own"]["staleness_steps"] == 1 and "asked_steps_ago" not in metrics["own"]
+    assert metrics["named"]["staleness_steps"] == 11 and metrics["named"]["asked_steps_ago"] == 1
+    assert "staleness_steps" not in metrics["unnamed"] and metrics["unnamed"]["asked_steps_ago"] == 1
+
+
+def test_the_oldest_weights_count() -> None:
+    def generate(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Sampled]:
+        return [one._replace(weights_step=8 - n % 2) for n, one in enumerate(written(prompts, seeds))]
+
+    source = source_of(tiny(), generate=generate, served=True)
+    source.next(8)
+    assert source.metrics()["staleness_steps"] == 1
+
+
+def test_the_fingerprint_covers_what_decides_a_window() -> None:
+    def of(prompts: Sequence[Prompt] = PROMPTS, rewards: Sequence[Any] = ("parses",), **more: Any) -> str:
+        settings, reward = RolloutConfig(max_new_tokens=NEW), parse_rewards(rewards)
+        return RolloutSource(prompts, written, decode, reward, settings, LENGTH, **more).fingerprint()
+
+    def reference(data: TokenDataset) -> FloatArray:
+        return np.zeros(data.n_tokens, np.float32)
+
+    def answered(answer: str) -> str:
+        return of([prompt._replace(reference={"answer": answer}) for prompt in PROMPTS])
+
+    length = {"target": 9, "slack": 5}
+    others = [
+        answered("4"),
+        answered("5"),
+        of([prompt._replace(slice="other") for prompt in PROMPTS]),
+        of(rewards=[{"length": length}]),
+        of(rewards=[{"length": length | {"slack": 6}}]),
+        of(rewards=[{"length": length | {"weight": 0.5}}]),
+        of(reference=reference),
+        of(reference=reference, reference_id="model-1"),
+        of(reference=reference, reference_id="model-2"),
+    ]
+    assert len({of(), *others}) == 1 + len(others)
+    assert answered("4") == others[0] and of(rewards=[{"length": dict(length)}]) == others[3]
 
 
 def test_a_window_is_learned_from_as_often_as_asked(tmp_path: Path) -> None:

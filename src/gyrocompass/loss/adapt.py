@@ -352,8 +352,8 @@ class Doremi:
         return {name: len(self.share) * share for name, share in self.share.items()}
 
     def observe(self, step: int, seen: Observed) -> None:
-        """See `Controller`."""
-        self.excess |= seen.excess
+        """See `Controller`; slices that it does not weigh, such as those of rollouts, are passed over."""
+        self.excess |= {name: excess for name, excess in seen.excess.items() if name in self.excess}
         largest = max(self.excess.values())
         pull = {
             name: share * math.exp(self.config.rate * (self.excess[name] - largest))

@@ -5,6 +5,7 @@
       - z_loss: {coefficient: 1.0e-4}
       - unlikelihood: {window: 64, weight: {linear: {from: 0.0, to: 0.5, steps: 1000}}}
       - nll: {name: prose, slices: [prose/docs, prose/comments]}      # of these slices alone
+      - clipped_surrogate: {of: rollouts}               # of the model's own samples alone
 
     [entry, ...] --parse_objectives--> Composite
     Composite(log_probs, batch) -> {name: Terms}        the terms of each, unreduced and apart
@@ -21,7 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Discriminator, Field, PositiveInt, Tag, create_model, model_validator
@@ -43,6 +44,9 @@ from gyrocompass.loss import reward as reward
 from gyrocompass.loss import unpaired as unpaired
 from gyrocompass.loss.registry import OBJECTIVES, Registered
 from gyrocompass.loss.signal import IGNORE_INDEX, Batch, Divergence, Terms, TokenLogProbs
+
+Kind = Literal["data", "rollouts"]
+"""What a window may hold: texts that were there before, and the model's own samples."""
 
 
 class Ramp(Config):
@@ -89,8 +93,10 @@ class Part:
     registered: Registered
     parameters: Mapping[str, Any]
     weight: float | Schedule
+    of: Kind | None = None
+    """Which kind of text it is about; None: there is only one."""
     slices: tuple[str, ...] | None = None
-    """The slices it is about; None: all."""
+    """The slices it is about; None: all, of its kind once `Composite.within` has said which those are."""
     slice_numbers: tuple[int, ...] | None = None
     """Theirs in the batches to come; None until `Composite.on_slices` has said it."""
 
@@ -180,6 +186,7 @@ class Composite:
 
     def on_slices(self, names: Sequence[str]) -> Composite:
         """The same, for batches whose slices have these names; a part's slice that is not there is empty."""
+        assert all(part.of is None or part.slices is not None for part in self.parts), "say within first"
         numbers = {name: number for number, name in enumerate(names)}
         return Composite(
             tuple(
@@ -190,19 +197,14 @@ class Composite:
             )
         )
 
-    def check_slices(self, names: Sequence[str]) -> None:
-        """Refuse slices that the data does not have.
+    def within(self, slices: Mapping[Kind, Sequence[str]]) -> Composite:
+        """The same, for a run that reads these slices of each kind: `of` becomes the slices it stands for.
 
         Raises:
-            BadInput: there is one; the nearest that exists is named.
+            BadInput: a slice or a kind that the run does not have (the nearest slice is named), or no kind of
+                two.
         """
-        for part in self.parts:
-            for name in part.slices or ():
-                if name not in names:
-                    raise BadInput(
-                        f"the objective {part.name} is about the slice {name}, which the data does not have"
-                        + did_you_mean(name, names)
-                    )
+        return Composite(tuple(replace(part, slices=_slices_of(part, slices)) for part in self.parts))
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of each part at an optimizer step, counted from 0."""
@@ -218,7 +220,8 @@ def parse_objectives(entries: Sequence[str | Mapping[str, Any]], where: str = "o
     Args:
         entries: each a name, or {name: {its parameters, weight, name, slices}}. `weight` is a number (default
             1) or a schedule; `name` is what reports call the term, needed when an objective is listed twice;
-            `slices` names those whose tokens, sequences or pairs it is about (default: all).
+            `of` says whether it is about data or rollouts, where a run reads both; `slices` names those whose
+            tokens, sequences or pairs it is about (default: all).
         where: what errors name as the place.
 
     Raises:
@@ -237,6 +240,28 @@ def parse_objectives(entries: Sequence[str | Mapping[str, Any]], where: str = "o
     return Composite(tuple(parts))
 
 
+def _slices_of(part: Part, slices: Mapping[Kind, Sequence[str]]) -> tuple[str, ...] | None:
+    """The slices a part is about in a run with these; None: all there are."""
+    if part.of is None and len(slices) > 1:
+        raise BadInput(
+            f"the run has data and rollouts, and the objective {part.name} does not say which it is about",
+            fix="give it `of: data` or `of: rollouts`",
+        )
+    if part.of is not None and part.of not in slices:
+        raise BadInput(
+            f"the objective {part.name} is of {part.of}, and the run has only {', '.join(slices)}",
+            fix="leave `of` out" if part.of == "data" else "add rollouts, or leave `of` out",
+        )
+    known = [name for kind, names in slices.items() if part.of in (None, kind) for name in names]
+    for name in part.slices or ():
+        if name not in known:
+            raise BadInput(
+                f"the objective {part.name} is about the slice {name}, "
+                f"which is not in the {part.of or ', '.join(slices)}" + did_you_mean(name, known)
+            )
+    return tuple(known) if part.slices is None and part.of is not None else part.slices
+
+
 def _part(entry: str | Mapping[str, Any], where: str) -> Part:
     """One entry, checked against the signature of its objective."""
     if isinstance(entry, str):
@@ -250,16 +275,17 @@ def _part(entry: str | Mapping[str, Any], where: str) -> Part:
         raise ConfigError(f"unknown objective {name!r}{did_you_mean(str(name), OBJECTIVES)}", where=where)
     checked = parse(_entry_model(OBJECTIVES[name]), {} if given is None else given, f"{where}.{name}")
     keys = dict(checked)
-    called, weight, slices = (keys.pop(key) for key in ("name", "weight", "slices"))
-    return Part(called, OBJECTIVES[name], keys, weight, slices)
+    called, weight, of, slices = (keys.pop(key) for key in ("name", "weight", "of", "slices"))
+    return Part(called, OBJECTIVES[name], keys, weight, of, slices)
 
 
 @cache
 def _entry_model(registered: Registered) -> type[Config]:
-    """What an entry of this objective may hold: its parameters, a weight, a name and slices."""
+    """What an entry of this objective may hold: its parameters, a weight, a name, a kind and slices."""
     shared: dict[str, Any] = {
         "weight": (Weight, 1.0),
         "name": (str, registered.name),
+        "of": (Kind | None, None),
         "slices": (Annotated[tuple[str, ...], Field(min_length=1)] | None, None),
     }
     return create_model(f"{registered.name}_entry", __base__=registered.parameters, **shared)

@@ -6,7 +6,7 @@
     - label_smoothing: {epsilon: 0.05, weight: 1.0}
 
 The keyword parameters of the function are the keys of the YAML entry, with the types, bounds and defaults of
-its signature. `weight`, `name` and `slices` are taken: they belong to the entry, not to the function.
+its signature. `weight`, `name`, `of` and `slices` are taken: they belong to the entry, not to the function.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def objective(
             for parameter in inspect.signature(function, eval_str=True).parameters.values()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
-        taken = {"weight", "name", "slices"} & set(fields)
+        taken = {"weight", "name", "of", "slices"} & set(fields)
         assert not taken, f"{name}: these keys belong to the entry: {taken}"
         model = create_model(f"{name}_parameters", __base__=Config, **fields)
         OBJECTIVES[name] = Registered(

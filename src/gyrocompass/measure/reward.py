@@ -118,6 +118,18 @@ class WeightedSum:
         """The largest sum that the ranges of the parts allow."""
         return sum(max(w * part.low, w * part.high) for part, w in self.parts)
 
+    def described(self) -> list[dict[str, Any]]:
+        """Each part as JSON: its name, weight and range, and what it was told if it says so (`settings`)."""
+        return [
+            {
+                "name": part.name,
+                "weight": weight,
+                "range": [part.low, part.high],
+                "settings": getattr(part, "settings", None),
+            }
+            for part, weight in self.parts
+        ]
+
     def scored(self, samples: Sequence[Sample]) -> Scored:
         """The sum and each of its parts, checked.
 

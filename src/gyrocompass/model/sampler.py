@@ -52,6 +52,8 @@ class Sampled(NamedTuple):
     """Nats: of each token, under the temperature and the support that it was drawn with."""
     finished: bool
     """Whether an end token came; else the limit or the context cut it."""
+    weights_step: int | None = None
+    """The optimizer steps that the weights had taken, where a server says so."""
 
 
 def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:

@@ -8,6 +8,10 @@ Token in, token out: a server that answers with text alone is refused, since tok
 other tokens than it drew. Requests run side by side, a bounded number at a time. What may pass (a refused
 connection, a time-out, 429, 5xx) is tried again with growing pauses; when it does not, the failure says so.
 
+What weights an answer is of, the server alone knows. One that says it in `metadata.weight_version` (SGLang,
+whose weights are renewed under a version that the caller names) is believed where the version is a number of
+optimizer steps, `120` or `step-120` as checkpoints are called; of any other, the age is not known.
+
 Left out: handing new weights to the server, which is done beside it; streaming.
 """
 
@@ -16,10 +20,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -137,4 +142,12 @@ def _read(config: UpstreamConfig, answer: Any, sampling: Sampling) -> Sampled:
         ) from error
     if not ids:
         raise BadInput("the engine answered with no token at all", where=str(config.url))
-    return Sampled(ids, recorded, ids[-1] in sampling.end_ids)
+    return Sampled(ids, recorded, ids[-1] in sampling.end_ids, _weights_step(answer))
+
+
+def _weights_step(answer: Mapping[str, Any]) -> int | None:
+    """The step of the weights that an answer is of, if the server names one."""
+    metadata = answer.get("metadata")
+    version = metadata.get("weight_version") if isinstance(metadata, Mapping) else None
+    found = re.fullmatch(r"(?:step-)?(\d+)", str(version))
+    return int(found[1]) if found else None

@@ -223,9 +223,9 @@ def _incident_paths(trained: Sequence[Training], record: RunRecord, store: Store
             document["document_id"] for incident in training.incidents for document in incident["documents"]
         }
         if named:
-            read = training.inputs.get("data") or training.inputs["prompts"]
-            listing = store.documents(artifacts[read])
-            paths |= {row.document_id: row.path for row in listing if row.document_id in named}
+            for read in (training.inputs[role] for role in ("data", "prompts") if role in training.inputs):
+                listing = store.documents(artifacts[read])
+                paths |= {row.document_id: row.path for row in listing if row.document_id in named}
     return paths
 
 

@@ -72,9 +72,9 @@ class Drawn(NamedTuple):
     share: float
     """Of the counted targets."""
     wanted: float | None
-    """The share of input tokens that the recipe asked for; None where it named no weights, or weights that
-    move. Not to be compared with `share`: a slice whose inputs are partly context (prompts) has fewer targets
-    than inputs."""
+    """The share of input tokens that the recipe asked for; None where it named no weights, weights that
+    move, or those of data beside rollouts. Not to be compared with `share`: a slice whose inputs are partly
+    context (prompts) has fewer targets than inputs."""
 
 
 class Training(NamedTuple):
@@ -177,7 +177,8 @@ class Training(NamedTuple):
     def drawn(self) -> list[Drawn]:
         """What was read of each slice."""
         moves = (self.settings.get("curriculum") or {}).get("slices")
-        wanted = {} if moves else self.settings.get("slice_weights") or {}
+        fixed = not moves and not self.settings.get("rollouts")
+        wanted = self.settings.get("slice_weights") or {} if fixed else {}
         total = self.ledger.total.count
         return [
             Drawn(

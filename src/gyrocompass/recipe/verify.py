@@ -154,13 +154,15 @@ def _subjects(recipe: Recipe, store: Store, progress: Progress) -> Iterator[Subj
         if stage.data is None:
             progress.note(f"{name}: learns from its own samples, of which there are none before it runs")
             continue
+        if stage.rollouts is not None:
+            progress.note(f"{name}: checked without its own samples, of which there are none before it runs")
         _, *before, base = model_chain(recipe.stages, name)
         if before:
             progress.note(f"{name}: goes on from {before[0]}, not trained yet, so checked on {base}")
         earlier = [recipe.stages[trained] for trained in before]
         yield Subject(
             name,
-            stage,
+            stage.of_data(),
             artifacts[base],
             artifacts[stage.data],
             artifacts[stage.held_out] if stage.held_out else None,

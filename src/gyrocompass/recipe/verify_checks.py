@@ -140,7 +140,7 @@ def _gradients(
 
 def _trainer_pass(subject: Subject, numeric: Numeric, rows: Packed, size: int) -> WindowPass:
     config = numeric.config.model_copy(update={"rows_per_micro_batch": size})
-    objective = parse_objectives(config.objective)
+    objective = parse_objectives(config.objective).within({"data": subject.data.slice_names})
     world = World(device=subject.device)
     return window_gradients(
         numeric.model, numeric.main, objective, Window(rows, subject.data), config, world=world

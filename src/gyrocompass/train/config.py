@@ -12,7 +12,7 @@ from gyrocompass.core.errors import ConfigError
 from gyrocompass.data.curriculum import CurriculumConfig
 from gyrocompass.data.mixture import SamplerConfig
 from gyrocompass.loss.blend import BlendConfig
-from gyrocompass.loss.objective import parse_objectives
+from gyrocompass.loss.objective import Composite, parse_objectives
 from gyrocompass.loss.reduce import Reduction
 from gyrocompass.train.guard import GuardConfig
 from gyrocompass.train.optim import OptimizerConfig
@@ -31,8 +31,9 @@ PRECISIONS = {
 class TrainConfig(Config):
     """How long, on what, by which objective; exactly one of `steps` and `epochs` says when it is over.
 
-    A step reads `rows_per_step` packed rows of `sequence_length` tokens; `rows_per_micro_batch` of them are
-    in memory at once on each rank, which changes nothing but memory and speed.
+    A step reads `rows_per_step` packed rows of `sequence_length` tokens of data, and beside them or instead
+    the samples of its rollouts, as many as these say; `rows_per_micro_batch` rows are in memory at once on
+    each rank, which changes nothing but memory and speed.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -70,6 +71,14 @@ class TrainConfig(Config):
             seed=self.seed,
         )
 
+    def _check_constraint(self, objective: Composite) -> None:
+        """What a multiplier multiplies is more than 0."""
+        constrained = self.blend and self.blend.lagrangian and self.blend.lagrangian.objective
+        for number, part in enumerate(objective.parts):
+            if part.name == constrained and part.weight == 0:
+                said = "its weight is 0, and so is 0 times the multiplier: leave the weight out"
+                raise MistakesBelow([(("objective", str(number)), said)])
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
@@ -80,6 +89,7 @@ class TrainConfig(Config):
             objective = parse_objectives(self.objective, "objective")
             if self.blend is not None:
                 self.blend.adapted(objective.names)
+                self._check_constraint(objective)
         except ConfigError as error:
             raise _placed(error) from error
         if self.blend and self.blend.doremi and self.reduction.by not in ("token", "constant"):

@@ -12,7 +12,7 @@ newest whole checkpoint and ends bit-identical to a run that was not killed. Ctr
 in, saves, and raises `Interrupted`.
 
 Left out: anything an objective could do (objectives are functions in `loss`), and anything a source of
-windows could do (`source.py`; rollouts are one).
+windows could do (`source.py`; rollouts are one, both in one window another).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from gyrocompass.train.interrupt import interrupt_flag
 from gyrocompass.train.metrics import MetricLog, Tracker
 from gyrocompass.train.optim import MainParameters, adamw, learning_rate
 from gyrocompass.train.record import Alone, StepRecord
-from gyrocompass.train.source import PackedSource, Source, Window
+from gyrocompass.train.source import MixedSource, PackedSource, Source, Window
 from gyrocompass.train.stopping import EarlyStopping
 from gyrocompass.train.window import WindowPass, window_gradients
 
@@ -145,7 +145,7 @@ class _Run:
         self.model, self.source, self.config, self.folder = model, source, config, folder
         self.world, self.teacher, self.progress = world, teacher, progress
         self.evaluate, self.watch = evaluate, watch
-        self.objective = parse_objectives(config.objective)
+        self.objective = parse_objectives(config.objective).within(source.slices())
         self.blend = _blend(config, self.objective, source)
         self.main = MainParameters(model)
         self.optimizer = adamw(self.main, config.optimizer)
@@ -417,13 +417,13 @@ class _Run:
 
 
 def _blend(config: TrainConfig, objective: Composite, source: Source) -> Blend:
-    """The weights of a run, with the names of slices checked where the data is known beforehand."""
-    if not isinstance(source, PackedSource):
+    """The weights of a run; those of slices are of its data, where that is known beforehand."""
+    packed = source.data if isinstance(source, MixedSource) else source
+    if not isinstance(packed, PackedSource):
         return Blend(config.blend, objective, None)
-    objective.check_slices(source.data.slice_names)
-    blend = Blend(config.blend, objective, source.data.slice_names)
+    blend = Blend(config.blend, objective, packed.data.slice_names)
     if blend.reads_excess:
-        reference_nll(source.data)  # says what is missing
+        reference_nll(packed.data)  # says what is missing
     return blend
 
 

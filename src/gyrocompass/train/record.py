@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,9 @@ class StepRecord:
         if gold_logprob_T is not None:
             columns[GOLD] = gold_logprob_T
         if ROLLOUT in batch.columns:
-            self._importance += importance_sums(log_probs, batch)
+            text_T = batch.columns[ROLLOUT].isnan()  # beside samples, texts have no sampler
+            samples = replace(batch, weight_T=batch.weight_T.masked_fill(text_T, 0.0))
+            self._importance += importance_sums(log_probs, samples)
         if REFERENCE in batch.columns:
             columns[REFERENCE] = batch.columns[REFERENCE]
         self._parts.append({name: x[counted_T].detach().cpu().numpy() for name, x in columns.items()})

@@ -7,45 +7,56 @@ objectives read: `rollout_logprob` as the sampler recorded it, `advantage`, and 
 head is there `reference_logprob`, `value` and `return`; its documents carry `reward` and `truncated`. Token
 ids go from the sampler to the learner as they are: nothing is tokenised again.
 
-The source runs ahead of the learner by `ahead_steps` windows: that many are sampled before they are needed,
-and each says how many steps old its weights were when it is learned from (`staleness_steps`). Everything is a
-function of the config, the weights and the window's number; windows that wait are part of the checkpoint, so
-a resumed run learns from the same samples (law 4). On several ranks each samples its share of the prompts.
+The source runs ahead of the learner by `ahead_steps` windows: that many are asked for before they are needed.
+Everything is a function of the config, the weights and the window's number; windows that wait are part of the
+checkpoint, so a resumed run learns from the same samples (law 4). On several ranks each samples its share of
+the prompts.
+
+An engine that is served elsewhere writes the windows ahead while the learner computes: one thread waits for
+its answers, in order. All else (rewards, what ranks exchange) happens where the answers are taken up, in the
+learner's own thread; a checkpoint takes up all that were asked for, and so holds what it would hold had
+nothing run beside it. Its weights are not ours: `staleness_steps` counts from the step that the engine names
+with its answers, and where it names none there is only `asked_steps_ago`, below which staleness cannot be.
 
 Left out: temperatures other than 1 (the learner's log-probabilities are those of the model, and the ratio to
-the sampler's would be biased), and sampling while the learner computes.
-
-Shape legend: S samples of a window, N tokens of its dataset.
+the sampler's would be biased); sampling beside the learner with the model itself, whose weights move; and
+with a value head, which is to say what it thought when the samples were asked for.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from gyrocompass.core.config import Config, config_hash
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.data.pack import assemble, bundle, cut, pack
-from gyrocompass.data.tokens import TokenDataset, TokenRow
-from gyrocompass.loss.advantages import (
-    flat_groups,
-    generalised_advantages,
-    group_advantages,
-    leave_one_out,
-    token_rewards,
-)
-from gyrocompass.measure.reward import Sample, WeightedSum
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.loss.advantages import flat_groups
+from gyrocompass.loss.objective import Kind
+from gyrocompass.measure.reward import WeightedSum
 from gyrocompass.model.sampler import Sampled
+from gyrocompass.train.answers import (
+    AdvantageConfig,
+    Annotate,
+    Answer,
+    Prompt,
+    answer_row,
+    as_sample,
+    groups,
+    sample_row,
+    with_advantages,
+)
 from gyrocompass.train.distributed import World
 from gyrocompass.train.source import Window
-
-FloatArray = NDArray[np.float32]
 
 
 class Generate(Protocol):
@@ -53,38 +64,6 @@ class Generate(Protocol):
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Sampled]:
         """One sample per prompt, in order."""
-
-
-Annotate = Callable[[TokenDataset], FloatArray]
-"""A number for each token of a dataset, [N]: a reference's log-probabilities, a value head's values."""
-
-
-class Prompt(NamedTuple):
-    """What a sample goes on from, and what its reward is measured against."""
-
-    id: str
-    slice: str
-    source: str
-    text: str
-    ids: tuple[int, ...]
-    reference: Mapping[str, Any]
-    """Fields of the record that rewards read: an answer, tests, a schema."""
-
-
-class AdvantageConfig(Config):
-    """How much better than expected a sample was.
-
-    group: its reward less its group's mean (GRPO; `scale: group` divides by the group's deviation, as first
-    published, and weighs hard and easy groups up). leave_one_out: less the mean of the others (RLOO). gae:
-    token by token, by the value head (PPO). With `beta` above 0 the distance from the reference is taken off
-    the reward: of the whole sample, or with gae of each token.
-    """
-
-    kind: Literal["group", "leave_one_out", "gae"] = "group"
-    scale: Literal["none", "group", "batch"] = "none"
-    beta: float = Field(default=0.0, ge=0)
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    lambda_: float = Field(default=0.95, ge=0, le=1, alias="lambda")
 
 
 class RolloutConfig(Config):
@@ -96,32 +75,26 @@ class RolloutConfig(Config):
     slots: int = Field(default=16, ge=1)
     """Sequences that the embedded engine writes at the same time."""
     ahead_steps: int = Field(default=0, ge=0)
+    """Windows that are asked for before they are needed; a served engine writes them meanwhile."""
     updates: int = Field(default=1, ge=1)
     """Steps that learn from each window, one after the other (PPO's epochs)."""
     advantage: AdvantageConfig = AdvantageConfig()
     seed: int = Field(default=0, ge=0)
 
-
-class _Answer(NamedTuple):
-    """A sample with its reward, as JSON between ranks and in checkpoints."""
-
-    prompt: int
-    token_ids: list[int]
-    logprobs: list[float]
-    finished: bool
-    reward: float
-    parts: dict[str, float]
-    values: list[float]
-    """What the value head said when it was sampled; empty without one."""
+    @property
+    def samples(self) -> int:
+        """Of a window."""
+        return self.prompts_per_step * self.samples_per_prompt
 
 
 class _Waiting(NamedTuple):
-    """A window that has been sampled and not learned from."""
+    """A window that has been asked for and not learned from."""
 
     number: int
     step: int
-    """When it was sampled."""
-    answers: list[_Answer]
+    """When it was asked for."""
+    answers: list[Answer] | None = None
+    """None until they are taken up."""
     updates: int = 0
     """Steps that have learned from it."""
 
@@ -137,7 +110,9 @@ class RolloutSource:
         config: how many.
         length: positions in a row; every prompt with `max_new_tokens` more fits.
         reference: log-probabilities of the reference, for objectives or advantages that read them.
+        reference_id: what tells the reference from another, such as the id of its artifact.
         values: of the value head, for `gae`.
+        served: the engine computes elsewhere, with weights that it alone knows the age of.
         world: this process among its peers.
 
     Raises:
@@ -154,23 +129,31 @@ class RolloutSource:
         length: int,
         *,
         reference: Annotate | None = None,
+        reference_id: str = "",
         values: Annotate | None = None,
+        served: bool = False,
         world: World = World(),  # noqa: B008  (immutable)
     ) -> None:
         self.prompts, self.generate, self.decode, self.reward = prompts, generate, decode, reward
         self.config, self.length, self.world = config, length, world
-        self.reference, self.values = reference, values
+        self.reference, self.reference_id, self.values = reference, reference_id, values
+        self.served = served
         self.number = 0
         self.waiting: deque[_Waiting] = deque()
         self.shown: dict[str, float] = {}
+        beside = served and values is None and config.ahead_steps > 0
+        self._thread = ThreadPoolExecutor(1, "rollouts") if beside else None
+        self._asked: dict[int, Future[list[Sampled]]] = {}
+        """What the thread is at, by the number of the window."""
         _check(prompts, config, length, has_reference=reference is not None, has_values=values is not None)
 
     def next(self, step: int) -> Window:
-        """The window of a step; sampled now, or `ahead_steps` steps ago."""
+        """The window of a step; asked for now, or `ahead_steps` steps ago."""
         while len(self.waiting) <= self.config.ahead_steps:
-            self.waiting.append(_Waiting(self.number, step, self._sample(self.number)))
+            self.waiting.append(self._ask(_Waiting(self.number, step)))
             self.number += 1
-        waiting = self.waiting.popleft()
+        waiting = self.waiting[0] = self._taken_up(self.waiting[0])
+        self.waiting.popleft()
         if waiting.updates + 1 < self.config.updates:
             self.waiting.appendleft(waiting._replace(updates=waiting.updates + 1))
         return self._window(waiting, step)
@@ -178,60 +161,121 @@ class RolloutSource:
     def windows(self) -> None:
         """There is no end."""
 
+    def slices(self) -> Mapping[Kind, Sequence[str]]:
+        """Those of the prompts."""
+        return {"rollouts": sorted({prompt.slice for prompt in self.prompts})}
+
     def metrics(self) -> dict[str, float]:
         """What the last window was like: rewards, lengths, ages."""
         return self.shown
 
     def state(self) -> dict[str, Any]:
-        """The number of the next window to sample, and the windows that wait."""
-        waiting = [
-            [w.number, w.step, [list(answer) for answer in w.answers], w.updates] for w in self.waiting
+        """The number of the next window to sample, and the windows that wait; those not written are awaited.
+
+        What the engine fails at is left out, to be asked for again: `next` says that it failed.
+        """
+        try:
+            for place, waiting in enumerate(self.waiting):
+                self.waiting[place] = self._taken_up(waiting)
+        except GyroError:
+            pass
+        ready = [
+            [number, step, [list(answer) for answer in answers], updates]
+            for number, step, answers, updates in takewhile(lambda w: w.answers is not None, self.waiting)
+            if answers is not None
         ]
-        return {"number": self.number, "waiting": waiting}
+        missing = len(self.waiting) - len(ready)
+        return {"number": self.number - missing, "waiting": ready}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Source`."""
+        for asked in self._asked.values():
+            asked.cancel()
+        self._asked.clear()
         self.number = state["number"]
         self.waiting = deque(
-            _Waiting(number, step, [_Answer(*answer) for answer in answers], updates)
+            _Waiting(number, step, [Answer(*answer) for answer in answers], updates)
             for number, step, answers, updates in state["waiting"]
         )
 
     def fingerprint(self) -> str:
-        """Of the prompts, the config and the rewards' names and weights."""
-        prompts = [[prompt.id, list(prompt.ids)] for prompt in self.prompts]
-        rewards = [[part.reward.name, part.weight] for part in self.reward.parts]
-        return config_hash({"prompts": prompts, "config": self.config, "rewards": rewards})
+        """Of the prompts and their answers, the config, the rewards with what they were told, the reference.
+
+        The engine is not in it: a run may go on with another server of the same model.
+        """
+        prompts = json.dumps(
+            [prompt._asdict() | {"reference": dict(prompt.reference)} for prompt in self.prompts],
+            sort_keys=True,
+        )
+        asked = {"prompts": prompts, "config": self.config, "rewards": self.reward.described()}
+        return config_hash(asked | {"reference": [self.reference is not None, self.reference_id]})
 
     # --- sampling ---
 
-    def _sample(self, number: int) -> list[_Answer]:
-        """All samples of a window, in the order of its prompts, on every rank."""
+    def _ask(self, waiting: _Waiting) -> _Waiting:
+        """Have a window written: now, or by the thread while the learner computes."""
+        if self._thread is None:
+            return self._taken_up(waiting)
+        self._asked[waiting.number] = self._thread.submit(self._sampled, waiting.number)
+        return waiting
+
+    def _taken_up(self, waiting: _Waiting) -> _Waiting:
+        """The window with its answers, in the order of its prompts, on every rank; waits for them.
+
+        Raises:
+            GyroError: the engine or a reward failed, here or on another rank.
+        """
+        if waiting.answers is not None:
+            return waiting
+        own: list[Answer] = []
+        failure: GyroError | None = None
+        try:
+            asked = self._asked.get(waiting.number)
+            sampled = self._sampled(waiting.number) if asked is None else asked.result()
+            own = self._judged(waiting, sampled)
+        except GyroError as error:
+            failure = error
+        said = None if failure is None else str(failure)
+        gathered = self.world.gather_json([[list(answer) for answer in own], said])
+        for rank, (_, failed) in enumerate(gathered):
+            if failed is not None:
+                raise failure or GyroError(f"sampling failed on rank {rank}: {failed}")
+        self._asked.pop(waiting.number, None)
+        return waiting._replace(answers=[Answer(*answer) for answers, _ in gathered for answer in answers])
+
+    def _places(self, number: int) -> list[tuple[int, int, int]]:
+        """This rank's share of a window: the prompt of each sample, its place, and the how-manieth it is."""
         drawn = self._drawn(number)
         share = range(
             len(drawn) * self.world.rank // self.world.size,
             len(drawn) * (self.world.rank + 1) // self.world.size,
         )
-        asked = [
+        return [
             (drawn[place], place, nth) for place in share for nth in range(self.config.samples_per_prompt)
         ]
+
+    def _sampled(self, number: int) -> list[Sampled]:
+        """What the engine writes; nothing here reads what the learner changes, but the engine itself."""
+        asked = self._places(number)
         seeds = [self._seed(number, place, nth) for _, place, nth in asked]
-        sampled = self.generate([self.prompts[prompt].ids for prompt, _, _ in asked], seeds)
+        return self.generate([self.prompts[prompt].ids for prompt, _, _ in asked], seeds)
+
+    def _judged(self, waiting: _Waiting, sampled: Sequence[Sampled]) -> list[Answer]:
+        """This rank's samples with their rewards."""
+        prompts = [prompt for prompt, _, _ in self._places(waiting.number)]
         samples = [
             as_sample(self.prompts[prompt], one, self.decode)
-            for (prompt, _, _), one in zip(asked, sampled, strict=True)
+            for prompt, one in zip(prompts, sampled, strict=True)
         ]
         scored = self.reward.scored(samples)
         parts = [{name: values[nth] for name, values in scored.parts.items()} for nth in range(len(samples))]
-        values = self._values([prompt for prompt, _, _ in asked], sampled)
-        own = [
-            _Answer(prompt, *one, reward, part, value)
-            for (prompt, _, _), one, reward, part, value in zip(
-                asked, sampled, scored.total, parts, values, strict=True
+        known = [one if self.served else one._replace(weights_step=waiting.step) for one in sampled]
+        return [
+            Answer(prompt, *one, reward, part, value)
+            for prompt, one, reward, part, value in zip(
+                prompts, known, scored.total, parts, self._values(prompts, sampled), strict=True
             )
         ]
-        gathered = self.world.gather_json([list(answer) for answer in own])
-        return [_Answer(*answer) for answers in gathered for answer in answers]
 
     def _values(self, asked: Sequence[int], sampled: Sequence[Sampled]) -> list[list[float]]:
         """What the value head says of each written token, now."""
@@ -264,63 +308,22 @@ class RolloutSource:
     # --- a window of them ---
 
     def _window(self, waiting: _Waiting, step: int) -> Window:
+        assert waiting.answers is not None, "taken up"
         dataset = TokenDataset.of(
-            self._row(waiting.number, nth, one) for nth, one in enumerate(waiting.answers)
+            answer_row(f"{self.prompts[one.prompt].id}@{waiting.number}.{nth}", self.prompts[one.prompt], one)
+            for nth, one in enumerate(waiting.answers)
         )
-        dataset = self._with_advantages(dataset, waiting.answers)
+        dataset = with_advantages(
+            dataset, waiting.answers, self.config.samples_per_prompt, self.config.advantage, self.reference
+        )
         pieces = cut(dataset, self.length)
         bundles = bundle(dataset, pieces, self.length)
         rows = pack(np.add.reduceat(pieces.length_P, bundles[:-1]), self.length)
         laid = [[piece for b in row for piece in range(bundles[b], bundles[b + 1])] for row in rows]
-        self.shown = self._describe(waiting, step)
+        self.shown = self._described(waiting.answers, step - waiting.step, step)
         return Window(assemble(dataset, pieces, laid, self.length), dataset)
 
-    def _row(self, number: int, nth: int, answer: _Answer) -> TokenRow:
-        prompt = self.prompts[answer.prompt]
-        before = [float("nan")] * len(prompt.ids)
-        return sample_row(
-            f"{prompt.id}@{number}.{nth}",
-            prompt,
-            answer.token_ids,
-            columns={"rollout_logprob": [*before, *answer.logprobs]}
-            | ({"value": [*before, *answer.values]} if answer.values else {}),
-            labels={"reward": answer.reward, "truncated": float(not answer.finished)},
-        )
-
-    def _with_advantages(self, dataset: TokenDataset, answers: Sequence[_Answer]) -> TokenDataset:
-        """The dataset with the columns that depend on all of its samples."""
-        if self.reference is not None:
-            dataset = dataset.with_column("reference_logprob", self.reference(dataset))
-        config = self.config.advantage
-        reward_S = torch.tensor([answer.reward for answer in answers], dtype=torch.float64)
-        said_N = np.flatnonzero(dataset.weight_N > 0)
-        sequence_K = torch.from_numpy(np.searchsorted(dataset.offset_D, said_N, side="right") - 1)
-        logprob_K = _column(dataset, "rollout_logprob", said_N)
-        reference_K = logprob_K if self.reference is None else _column(dataset, "reference_logprob", said_N)
-        if config.kind == "gae":
-            reward_K = token_rewards(reward_S, sequence_K, logprob_K, reference_K, beta=config.beta)
-            value_K = _column(dataset, "value", said_N)
-            advantage_K, return_K = generalised_advantages(
-                reward_K, value_K, sequence_K, gamma=config.gamma, lambda_=config.lambda_
-            )
-            dataset = dataset.with_column("return", _laid(dataset, said_N, return_K))
-        else:
-            distance_S = torch.zeros_like(reward_S).index_add(0, sequence_K, logprob_K - reference_K)
-            advantage_S = self._group_advantages(reward_S - config.beta * distance_S)
-            advantage_K = advantage_S[sequence_K]
-        return dataset.with_column("advantage", _laid(dataset, said_N, advantage_K))
-
-    def _group_advantages(self, reward_S: torch.Tensor) -> torch.Tensor:
-        group_S = self._groups(len(reward_S))
-        if self.config.advantage.kind == "leave_one_out":
-            return leave_one_out(reward_S, group_S)
-        return group_advantages(reward_S, group_S, scale=self.config.advantage.scale)
-
-    def _groups(self, n_samples: int) -> torch.Tensor:
-        return torch.arange(n_samples) // self.config.samples_per_prompt
-
-    def _describe(self, waiting: _Waiting, step: int) -> dict[str, float]:
-        answers = waiting.answers
+    def _described(self, answers: Sequence[Answer], asked_steps_ago: int, step: int) -> dict[str, float]:
         rewards = np.array([answer.reward for answer in answers])
         lengths = np.array([len(answer.token_ids) for answer in answers])
         described = {
@@ -329,58 +332,20 @@ class RolloutSource:
             "reward_deviation": float(rewards.std()),
             "length_tokens": float(lengths.mean()),
             "truncated_share": float(np.mean([not answer.finished for answer in answers])),
-            "staleness_steps": float(step - waiting.step),
         }
+        if self.served:
+            described["asked_steps_ago"] = float(asked_steps_ago)
+        drawn_with = [answer.weights_step for answer in answers if answer.weights_step is not None]
+        if len(drawn_with) == len(answers):
+            described["staleness_steps"] = float(step - min(drawn_with))
         if self.config.samples_per_prompt > 1:
-            flat = flat_groups(torch.from_numpy(rewards), self._groups(len(rewards)))
+            flat = flat_groups(
+                torch.from_numpy(rewards), groups(len(rewards), self.config.samples_per_prompt)
+            )
             described["flat_group_share"] = len(flat) * self.config.samples_per_prompt / len(rewards)
         for name in answers[0].parts:
             described[f"reward/{name}"] = float(np.mean([answer.parts[name] for answer in answers]))
         return described
-
-
-def as_sample(prompt: Prompt, sampled: Sampled, decode: Callable[[Sequence[int]], str]) -> Sample:
-    """What was written after a prompt, as rewards take it."""
-    return Sample(
-        prompt=prompt.text,
-        completion=decode(sampled.token_ids),
-        reference=prompt.reference,
-        n_tokens=len(sampled.token_ids),
-        finished=sampled.finished,
-    )
-
-
-def sample_row(name: str, prompt: Prompt, token_ids: Sequence[int], **more: Any) -> TokenRow:
-    """A prompt and what was written after it as a row of tokens, of which the written ones count."""
-    n_prompt, n_written = len(prompt.ids), len(token_ids)
-    return TokenRow(
-        name,
-        prompt.slice,
-        prompt.source,
-        [*prompt.ids, *token_ids],
-        [0] * (n_prompt + n_written),
-        [0.0] * n_prompt + [1.0] * n_written,
-        unit=name,
-        **more,
-    )
-
-
-def _column(dataset: TokenDataset, name: str, at_K: NDArray[np.int64]) -> torch.Tensor:
-    values_K = dataset.columns[name][at_K]
-    if not np.isfinite(values_K).all():
-        where = int(np.flatnonzero(~np.isfinite(values_K))[0])
-        raise GyroError(
-            f"the column {name} of a rollout is not finite",
-            where=f"token {where} of {dataset.document_ids[0]} and what was sampled with it",
-            fix="look at the weights: a NaN in them, or an overflow in a 16-bit dtype",
-        )
-    return torch.from_numpy(values_K.astype(np.float64))
-
-
-def _laid(dataset: TokenDataset, at_K: NDArray[np.int64], values_K: torch.Tensor) -> FloatArray:
-    values_N = np.full(dataset.n_tokens, np.nan, np.float32)
-    values_N[at_K] = values_K.numpy()
-    return values_N
 
 
 def _check(

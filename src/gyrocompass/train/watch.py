@@ -26,9 +26,10 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig, GamingMonitor, Judged, Row
 from gyrocompass.measure.reward import WeightedSum
 from gyrocompass.measure.rewards.text import distinct_share
+from gyrocompass.train.answers import Annotate, FloatArray, Prompt, as_sample, sample_row
 from gyrocompass.train.distributed import World
 from gyrocompass.train.metrics import MetricLog
-from gyrocompass.train.rollout import Annotate, FloatArray, Generate, Prompt, as_sample, sample_row
+from gyrocompass.train.rollout import Generate
 
 
 class WatchConfig(Config):

@@ -45,6 +45,12 @@ class Named:
         """The most it can say."""
         return self.registered.limits(**self.parameters)[1]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which reward it is and its parameters, as JSON."""
+        parameters = self.registered.parameters.model_validate(dict(self.parameters))
+        return {"reward": self.registered.name, **parameters.model_dump(mode="json")}
+
     def __call__(self, samples: Sequence[Sample], /) -> list[float]:
         """One number for each sample."""
         return self.registered.function(samples, self.tools, **self.parameters)

@@ -36,8 +36,9 @@ from gyrocompass.recipe.stage import (
 )
 from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
+from gyrocompass.train.answers import FloatArray, Prompt, as_sample, sample_row
 from gyrocompass.train.config import PRECISIONS
-from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, as_sample, sample_row
+from gyrocompass.train.rollout import RolloutConfig
 
 SHOWN_SAMPLES = 3
 

@@ -28,8 +28,9 @@ from gyrocompass.model.sampler import Sampled, Sampling, end_ids, sample
 from gyrocompass.model.scalar_head import has_scalar_head, scalars
 from gyrocompass.model.score import ScoredTokens, batches_of, evaluating, scored_tokens
 from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
+from gyrocompass.train.answers import FloatArray, Prompt
 from gyrocompass.train.distributed import World
-from gyrocompass.train.rollout import FloatArray, Generate, Prompt, RolloutConfig, RolloutSource
+from gyrocompass.train.rollout import Generate, RolloutConfig, RolloutSource
 from gyrocompass.train.watch import GamingWatch, Scored, WatchConfig
 
 
@@ -140,6 +141,7 @@ def rollout_source(
     rows: int,
     *,
     reference: nn.Module | None,
+    reference_id: str,
     upstream: UpstreamConfig | None,
     world: World,
 ) -> RolloutSource:
@@ -153,9 +155,11 @@ def rollout_source(
         config,
         length,
         reference=None if reference is None else partial(score_logprobs, reference, length, rows),
+        reference_id=reference_id,
         values=partial(score_values, model, length, rows)
         if wants_values and has_scalar_head(model)
         else None,
+        served=upstream is not None,
         world=world,
     )
 

@@ -15,16 +15,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from gyrocompass.core.artifact import Draft
+from gyrocompass.core.config import MistakesBelow
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.data.trace import TRACE, write_trace
+from gyrocompass.loss.objective import Kind, parse_objectives
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.fit import check_context, check_fit
@@ -50,6 +52,7 @@ from gyrocompass.train.distributed import World
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.metrics import MlflowTracker
 from gyrocompass.train.rollout import RolloutConfig, RolloutSource
+from gyrocompass.train.source import MixedSource, PackedSource, Source
 from gyrocompass.train.watch import GamingWatch, WatchConfig
 
 RUN_FILES = ("metrics.jsonl", "evaluations.jsonl", "incidents.jsonl", "watch.jsonl")
@@ -60,7 +63,8 @@ EVALUATIONS = "evaluations"
 class TrainStage(Stage, TrainConfig):
     """Train `model` on `data`, watching `held_out`; every key of `TrainConfig` stands beside these.
 
-    With `rollouts` it learns from its own samples of `prompts` instead, judged by `rewards`.
+    With `rollouts` it learns from its own samples of `prompts`, judged by `rewards`: instead of `data`, or
+    beside it in one window. Then every objective says which of the two it is `of`.
     """
 
     kind: Literal["train"] = "train"
@@ -87,7 +91,8 @@ class TrainStage(Stage, TrainConfig):
     reference: OptionalModelName = None
     """The model whose log-probabilities rollouts bring along."""
     engine: UpstreamConfig | None = None
-    """A server that samples; None: the model itself does."""
+    """A server that samples, ahead by `rollouts.ahead_steps` while the learner computes; its weights are
+    renewed by whoever runs it. None: the model itself samples."""
     watch: WatchConfig | None = None
     """Look out for gamed rewards, on `watch_prompts`, every `evaluate_every_steps`."""
     watch_prompts: OptionalDocumentsName = None
@@ -102,14 +107,17 @@ class TrainStage(Stage, TrainConfig):
 
     @model_validator(mode="after")
     def _check_rollouts(self) -> TrainStage:
-        if (self.data is None) == (self.rollouts is None):
-            raise ValueError("give one of data and rollouts")
+        if self.data is None and self.rollouts is None:
+            raise ValueError("give one of data and rollouts, or both")
+        self._check_whom_objectives_are_of()
         for field in ("prompts", "rewards", "engine", "reference", "watch"):
             if self.rollouts is None and getattr(self, field):
                 raise ValueError(f"{field} goes with rollouts")
         if self.rollouts is not None:
             if self.scheduled_sampling is not None:
-                raise ValueError("scheduled_sampling goes with data: a rollout is the model's own already")
+                raise ValueError(
+                    "scheduled_sampling goes with data alone: a rollout is the model's own already"
+                )
             if not (self.prompts and self.rewards and self.steps):
                 raise ValueError("rollouts need prompts, rewards and steps")
             try:
@@ -136,9 +144,25 @@ class TrainStage(Stage, TrainConfig):
             )
         if rollouts.advantage.beta and not self.reference:
             raise ValueError("rollouts.advantage.beta needs a reference")
-        for field in ("slice_weights", "curriculum"):
-            if getattr(self, field) is not None:
-                raise ValueError(f"{field} goes with data, not with rollouts")
+        size = f"a step of rollouts is prompts_per_step * samples_per_prompt samples, here {rollouts.samples}"
+        for field, why in (("slice_weights", ""), ("curriculum", ""), ("rows_per_step", f": {size}")):
+            if self.data is None and field in self.model_fields_set and getattr(self, field) is not None:
+                raise MistakesBelow([((field,), f"{field} goes with data, not with rollouts alone{why}")])
+
+    def _check_whom_objectives_are_of(self) -> None:
+        """With data and rollouts each objective says which it is of, and each has an objective."""
+        given = [kind for kind in get_args(Kind) if getattr(self, kind) is not None]
+        parts = parse_objectives(self.objective, "objective").parts
+        for number, part in enumerate(parts):
+            if part.of is None and len(given) > 1:
+                said = "the stage has data and rollouts: say which it is about, `of: data` or `of: rollouts`"
+                raise MistakesBelow([(("objective", str(number)), said)])
+            if part.of is not None and part.of not in given:
+                said = f"it is of {part.of}, and the stage has only {given[0]}"
+                raise MistakesBelow([(("objective", str(number)), said)])
+        for kind in given:
+            if len(given) > 1 and all(part.of != kind for part in parts):
+                raise ValueError(f"no objective is of {kind}: add one, or leave {kind} out")
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """See the module docstring."""
@@ -164,7 +188,7 @@ class TrainStage(Stage, TrainConfig):
         config = TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
         evaluate = self._evaluation(model, held_out, workplace.world) if held_out is not None else None
         tracker = self._tracker(workplace) if world.is_first else None
-        source, watch = self._rollouts(workplace, model) if data is None else (data, None)
+        source, watch = self._source(workplace, model, data, config)
         outcome = train(
             model,
             source,
@@ -197,8 +221,43 @@ class TrainStage(Stage, TrainConfig):
         if tracker is not None:
             tracker.close()
 
+    def of_data(self) -> TrainStage:
+        """The stage as if it had no rollouts: with the objectives that are of its data."""
+        if self.rollouts is None:
+            return self
+        kept = [
+            entry
+            for entry, part in zip(self.objective, parse_objectives(self.objective).parts, strict=True)
+            if part.of == "data"
+        ]
+        left_out = (
+            "rollouts",
+            "rewards",
+            "prompts",
+            "engine",
+            "reference",
+            "watch",
+            "watch_prompts",
+            "blend",
+            *(("evaluate_every_steps",) if self.held_out is None else ()),
+        )
+        changes = {field: type(self).model_fields[field].get_default() for field in left_out}
+        return self.model_copy(update={**changes, "objective": tuple(kept)})
+
+    def _source(
+        self, workplace: Workplace, model: nn.Module, data: TokenDataset | None, config: TrainConfig
+    ) -> tuple[TokenDataset | Source, GamingWatch | None]:
+        """Where windows come from, and who watches them."""
+        if self.rollouts is None:
+            assert data is not None
+            return data, None
+        rollouts, watch = self._rollouts(workplace, model)
+        if data is None:
+            return rollouts, watch
+        return MixedSource(PackedSource(data, config.sampler()), rollouts), watch
+
     def _rollouts(self, workplace: Workplace, model: nn.Module) -> tuple[RolloutSource, GamingWatch | None]:
-        """Where windows of samples come from, and who watches them."""
+        """Where samples come from, and who watches them."""
         assert self.rollouts is not None
         tokenizer = load_tokenizer(workplace.input("model"))
         reference = None
@@ -216,6 +275,7 @@ class TrainStage(Stage, TrainConfig):
             length,
             rows,
             reference=reference,
+            reference_id=workplace.inputs["reference"].id if self.reference else "",
             upstream=self.engine,
             world=workplace.world,
         )
