@@ -74,6 +74,7 @@ class Document:
         weight: multiplies the weight of each of its tokens; above 0.
         labels: what labels say of it as numbers, by name: `margin`, `desirable`, `score`, `relevance`, ...
         steps: the steps of its answer, which together are all of it.
+        tests: Python texts that code in its answer should pass, for the reward `unit_tests`.
         unit: documents that follow each other under one name are read together; a preference is a unit of
             its own.
         group: documents of one group stay on one side of a split; None means that of its unit, or of its own
@@ -101,6 +102,7 @@ class Document:
     unit: str | None = None
     labels: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     steps: tuple[Step, ...] = ()
+    tests: tuple[str, ...] = ()
 
     @cached_property
     def content_hash(self) -> str:
@@ -119,6 +121,8 @@ class Document:
             content += json.dumps(dict(self.labels), sort_keys=True)
         if self.steps:
             content += json.dumps(self.steps)
+        if self.tests:
+            content += json.dumps(self.tests)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
@@ -227,6 +231,7 @@ DOCUMENT_SCHEMA = pa.schema(
         ("unit", pa.string()),
         ("labels", pa.map_(pa.string(), pa.float64())),
         ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
+        ("tests", pa.list_(pa.string())),
         ("content_hash", pa.string()),
     ]
 )
@@ -302,6 +307,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
         row["origin_ids"] = tuple(row["origin_ids"])
         row["labels"] = MappingProxyType(dict(row["labels"]))
         row["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
+        row["tests"] = tuple(row.get("tests", ()))
         del row["id"], row["content_hash"]
         yield Document(**row)
 

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 
 from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 from gyrocompass.measure.reward import Sample, shortened
-from gyrocompass.measure.rewards.registry import Tools, reward
+from gyrocompass.measure.rewards.registry import SANDBOX, Tools, reward
 from gyrocompass.measure.sandbox.run import Outcome, Program, run_many
 
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
@@ -109,7 +109,7 @@ judge()
 """Reads everything before the code runs, which might change the files."""
 
 
-@reward()
+@reward(needs=SANDBOX)
 def unit_tests(
     samples: Sequence[Sample],
     tools: Tools,
@@ -167,7 +167,7 @@ def _passed(outcome: Outcome, key: str) -> int:
     return len({line for line in outcome.stdout.splitlines() if line.startswith(f"{key} ")})
 
 
-@reward()
+@reward(needs="ruff")
 def linted(
     samples: Sequence[Sample],
     tools: Tools,
@@ -200,7 +200,7 @@ def linted(
     return values
 
 
-@reward()
+@reward(needs="ruff")
 def formatted(
     samples: Sequence[Sample], tools: Tools, *, config: Path | None = None, with_prompt: bool = False
 ) -> list[float]:
@@ -228,7 +228,7 @@ def formatted(
     ]
 
 
-@reward()
+@reward(needs="bandit")
 def secure(
     samples: Sequence[Sample],
     tools: Tools,
