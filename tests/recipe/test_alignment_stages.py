@@ -149,7 +149,7 @@ def test_the_report_compares_the_models(finished: Path) -> None:
     assert distance.before is not None and distance.before.value == 0 and distance.verdict == ""
     ratio = lines["preferring", "preferred by ratio to reference"]
     assert ratio.before == (0.5, 0.5, 0.5), "the reference is tied with itself"
-    nll = lines["preferring", "nats per token, total"]
+    nll = lines["preferring", "nats per token (total)"]
     assert nll.change is not None and nll.change.value == pytest.approx(nll.after.value - nll.before.value)
     page = (finished / "runs" / "tiny" / "report.html").read_text()
     assert "What each stage changed" in page and "its own samples of train_pairs" in page

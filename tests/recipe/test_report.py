@@ -1,5 +1,4 @@
 import io
-import json
 import re
 import subprocess
 import sys
@@ -291,19 +290,12 @@ def test_what_a_watch_saw_is_told(tmp_path: Path, halted: bool) -> None:
     run = FinishedRun(tmp_path)
     run.add_data()
     run.add_model()
-    run.add_training("reinforced", "untrained", steps=10)
+    looks = [look(0, 0.1, 0.6), look(5, 0.4, 0.7), look(10, 0.8, 0.2)]
+    run.add_training("reinforced", "untrained", steps=10, looks=looks, best_step=5 if halted else None)
     (training,) = trainings(run.record(), run.store)
-    (run.artifacts["reinforced"].path / "watch.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in (look(0, 0.1, 0.6), look(5, 0.4, 0.7), look(10, 0.8, 0.2)))
-    )
-    changed = {"best_step": 5} if halted else {}
-    training = trainings(run.record(), run.store)[0]._replace(
-        settings={**training.settings, "watch": {}}, counts={**training.counts, **changed}
-    )
     end = "the watch halted the run after step 10 and went back there." if halted else "did not halt the run."
-    assert training.watched.startswith(
-        "The gold reward was highest at step 5;"
-    ) and training.watched.endswith(end)
+    assert training.watched.startswith("The gold reward was highest at step 5;")
+    assert training.watched.endswith(end)
     page = page_of(run, tmp_path)
     assert "over 8 samples of 4 prompts that are not trained on" in page.text
     step, proxy, gold, kl, tokens, *_, cut_off, _ = page.row("10")

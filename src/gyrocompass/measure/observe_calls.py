@@ -101,7 +101,7 @@ class Observer:
         return same
 
     def result(self, call: str) -> str | None:
-        """What a call returns, as Python text; None where it raises, or returns no plain value, or a place."""
+        """What a call returns, as Python text; None where it raises, or returns no plain value."""
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             random.seed(0)

@@ -138,7 +138,7 @@ def _nll_lines(before: Scored | None, after: Scored | None) -> list[Line]:
         change = nll_change(before, after, slice_name)
         lines.append(
             Line(
-                f"nats per token, {score.slice}",
+                f"nats per token ({score.slice})",
                 None if earlier is None else _nats(earlier),
                 _nats(score),
                 change,

@@ -135,14 +135,15 @@ def unit_tests(
         BadInput: a record has no tests, or one that does not compile.
         GyroError: the machine cannot contain the code.
     """
+    tests = [_tests(sample, field) for sample in samples]
     programs, keys = {}, {}
     for index, code in _sound(samples, with_prompt).items():
         keys[index] = secrets.token_hex(16)
-        programs[index] = _test_program(code, _tests(samples[index], field), keys[index])
+        programs[index] = _test_program(code, tests[index], keys[index])
     outcomes = dict(zip(programs, run_many([*programs.values()], tools.sandbox), strict=True))
     values = [0.0] * len(samples)
     for index, outcome in outcomes.items():
-        share = _passed(outcome, keys[index]) / len(_tests(samples[index], field))
+        share = _passed(outcome, keys[index]) / len(tests[index])
         values[index] = share if score == "share" else float(share == 1.0)
     return values
 
