@@ -4,8 +4,9 @@
     python benchmarks/data_steps.py --mib 4      (of the library)
 
 Speed is MB of UTF-8 text in a CPU-second of this process, all threads together, in batches of 256 documents;
-the first batch is run once before the clock starts, so that tables and models are there. Recall and precision
-are of texts with planted values and decoys (`canaries`), by kind and by slice; the least of each is shown too.
+the first batch is run once before the clock starts, so that tables and models are there. Recall and
+precision are of texts with planted values and decoys (`canaries`), by kind and by slice; the least of each
+is shown too.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def found_table(title: str, found: Mapping[tuple[str, str], Found]) -> Table:
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mib", type=float, default=12.0, help="MiB of the library (default 12)")
     parser.add_argument("--only", default="", help="steps whose name begins so")
     arguments = parser.parse_args()

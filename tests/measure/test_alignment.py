@@ -50,6 +50,15 @@ def test_a_difference_is_paired() -> None:
     assert alone.low is not None and alone.high is not None and alone.high - alone.low > 0.5
 
 
+def test_shares_that_are_equal_everywhere_leave_room_for_a_difference() -> None:
+    one = Figure.of("m", "s", [0.0] * 20, [str(g) for g in range(20)], is_share=True)
+    assert one.low == 0.0 and one.high is not None and 0.1 < one.high < 0.2
+    change = paired_difference(one, one)
+    assert change is not None and change == pytest.approx((0.0, -one.high, one.high))
+    counts = one._replace(is_share=False)
+    assert paired_difference(counts, counts) == (0.0, 0.0, 0.0)
+
+
 def test_models_judged_on_other_groups_are_not_compared() -> None:
     assert paired_difference(Figure.of("m", "s", [1.0], ["a"]), Figure.of("m", "s", [1.0], ["b"])) is None
 

@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from gyrocompass.measure.intervals import Estimate, clusters, ratio_estimate, slice_scores
+from gyrocompass.measure.intervals import Estimate, clusters, ratio_estimate, share_estimate, slice_scores
 from gyrocompass.measure.ledger import Ledger
 
 
@@ -156,3 +158,23 @@ def test_without_groups_documents_are_the_clusters() -> None:
     ledger.merge(grouped_ledger(np.ones((2, 2)), ["f", "f"], ["code"] * 2))
     assert clusters(ledger) == "document", "groups are known for a part of the tokens only"
     assert slice_scores(ledger)[0].groups == 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=2, max_size=30))
+def test_the_interval_of_a_share_stays_within_0_and_1_and_holds_it(drawn: list[tuple[int, int]]) -> None:
+    right_G, size_G = np.array([(min(right, size), size) for right, size in drawn], float).T
+    value, low, high = share_estimate(right_G, size_G)
+    assert low is not None and high is not None
+    assert 0 <= low <= value <= high <= 1
+    assert value == pytest.approx(right_G.sum() / size_G.sum())
+    mirrored = share_estimate(size_G - right_G, size_G)
+    assert mirrored == pytest.approx((1 - value, 1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 8, 40])
+def test_none_of_n_is_not_never(groups: int) -> None:
+    """With the upper end as the true share, none of the groups is right in one case of 40."""
+    high = share_estimate(np.zeros(groups), np.full(groups, 2.0)).high
+    assert high is not None and (1 - high) ** groups == pytest.approx(0.025)
+    assert high == pytest.approx(stats.beta.ppf(0.975, 1, groups))
+    assert share_estimate([0.0], [5.0]) == Estimate(0.0, None, None)

@@ -87,6 +87,50 @@ def test_regex() -> None:
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 
+words = st.lists(st.sampled_from(["a", "b", "(", "return"]), max_size=8).map(" ".join)
+
+
+@given(words, words, st.integers(1, 3))
+def test_overlap_is_the_f1_of_shared_ngrams(answer: str, said: str, n: int) -> None:
+    grams = [
+        [tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)] for text in (answer, said)
+    ]
+    shared, left = 0, list(grams[1])
+    for gram in grams[0]:
+        if gram in left:
+            left.remove(gram)
+            shared += 1
+    (value,) = one({"overlap": {"n": n}}, Sample("", said, {"answer": answer}))
+    if any(grams):
+        precision, recall = (shared / len(own) if own else 0.0 for own in (grams[1], grams[0]))
+        wanted = 2 * precision * recall / (precision + recall) if shared else 0.0
+        assert value == pytest.approx(wanted)
+    else:
+        assert value == float(answer == said)
+
+
+def test_overlap_reads_code_sign_by_sign() -> None:
+    assert one("overlap", Sample("", "f( x )", {"answer": "f(x)"})) == [1.0]
+    with pytest.raises(BadInput, match="the reward overlap needs the field 'answer'"):
+        one("overlap", Sample("", "x"))
+
+
+def test_what_a_reward_needs_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {
+        name: REWARDS[name].needs for name in ("linted", "secure", "unit_tests", "parses", "json_schema")
+    }
+    assert needed == {
+        "linted": "ruff",
+        "secure": "bandit",
+        "unit_tests": "sandbox",
+        "parses": None,
+        "json_schema": "jsonschema",
+    }
+    assert REWARDS["parses"].why_not() is None
+    monkeypatch.setattr("gyrocompass.measure.rewards.registry.find_spec", lambda name: None)
+    assert REWARDS["secure"].why_not() == "bandit is not installed: pip install 'gyrocompass[rewards]'"
+
+
 def test_json_schema() -> None:
     pytest.importorskip("jsonschema")
     texts = ('{"n": 1}', '{"n": "1"}', "{}", '{"n": 1', '{"n": NaN}', "[" * 100_000, '{"n": 1} ')

@@ -118,6 +118,8 @@ class FinishedRun:
         start: float = 9.0,
         incidents: Sequence[Mapping[str, Any]] = (),
         moving: Mapping[str, Callable[[int], Any]] = {},
+        looks: Sequence[Mapping[str, Any]] = (),
+        best_step: int | None = None,
     ) -> None:
         metrics = [
             self._step(step, steps, slices, start) | {key: of_step(step) for key, of_step in moving.items()}
@@ -137,6 +139,7 @@ class FinishedRun:
             "metrics.jsonl": _lines(metrics),
             "evaluations.jsonl": _lines(evaluations),
             "incidents.jsonl": _lines(incidents),
+            "watch.jsonl": _lines(looks),
         }
         ledger = Ledger()
         for index, slice_name in enumerate(slices):
@@ -149,9 +152,12 @@ class FinishedRun:
             "optimizer": {"learning_rate": 3e-3, "clip_norm": 1.0},
             "slice_weights": {name: 1 + (name == "code/library") for name in slices},
             "precision": "float32",
+            "watch": {"gold": ["overlap"]} if looks else None,
         }
         inputs = {"model": model, "data": "train_tokens", "held_out": "held_out_tokens"}
         counts = {"steps": steps, "tokens": ledger.total.count, "bytes": 0, "skipped_windows": len(incidents)}
+        if best_step is not None:
+            counts["best_step"] = best_step
         self.add(name, "train", "model", inputs, recipe=recipe, counts=counts, files=files, ledger=ledger)
 
     def add_score(

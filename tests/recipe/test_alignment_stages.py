@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.model.load import load_causal_lm
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.recipe import load_recipe, recipe_from
-from gyrocompass.recipe.report_alignment import judged_models, measures
+from gyrocompass.recipe.report import print_report
+from gyrocompass.recipe.report_alignment import NOTHING, changes
 from gyrocompass.recipe.run import read_run, run_recipe
+from gyrocompass.recipe.stages.alignment import AlignmentStage
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.recipe.verify import verify_recipe
 from gyrocompass.recipe.verify_checks import partition
@@ -85,9 +88,14 @@ JUDGED = {
     "max_prompts": 4,
     "sequence_length": LENGTH,
 }
+VERDICTS = ("above chance", "below chance", "chance not excluded")
+REWARD_MODEL = {name: JUDGED[name] for name in ("kind", "pairs", "sequence_length")}
+STAGES |= {"align_fine_tuned": JUDGED | {"model": "fine_tuned"}}
+STAGES |= {"align_reward_model": REWARD_MODEL | {"model": "reward_model"}}
+STAGES |= {f"align_{name}": JUDGED | {"model": name} for name in ("preferring", "reinforced")}
 STAGES |= {
-    f"align_{name}": JUDGED | {"model": name}
-    for name in ("fine_tuned", "reward_model", "preferring", "reinforced")
+    f"score_{name}": {"kind": "score", "model": name, "data": ["held_out_tokens"], "sequence_length": 64}
+    for name in ("fine_tuned", "preferring")
 }
 
 
@@ -178,15 +186,64 @@ def test_its_data_is_verified_without_its_rollouts(tmp_path: Path) -> None:
 
 def test_the_report_compares_the_models(finished: Path) -> None:
     store = Store(finished)
-    judged = judged_models(read_run(store, "tiny"), store)
-    assert [one.model for one in judged] == ["fine_tuned", "reward_model", "preferring", "reinforced"]
-    rows = {row.name: row.cells for row in measures(judged)}
-    assert rows["preferred by reward model"][1].figure is not None
-    assert rows["sample: parses"][3].change is not None
-    first = rows["sample: KL from reference, nats"][0].figure
-    assert first is not None and first.value == 0
+    found = {one.model: one for one in changes(read_run(store, "tiny"), store)}
+    assert [*found] == ["fine_tuned", "reward_model", "preferring", "reinforced"]
+    bases = {"reward_model": "fine_tuned", "preferring": "fine_tuned", "reinforced": "preferring"}
+    assert {name: one.base for name, one in found.items()} == {"fine_tuned": "pretrained", **bases}
+    lines = {(name, line.measure): line for name, one in found.items() for line in one.lines}
+    assert lines["reward_model", "preferred by reward model"].verdict in VERDICTS
+    assert lines["reinforced", "parses"].change is not None
+    assert ("fine_tuned", "KL from reference, nats") not in lines
+    distance = lines["preferring", "KL from reference, nats"]
+    assert distance.before is not None and distance.before.value == 0 and distance.verdict == ""
+    ratio = lines["preferring", "preferred by ratio to reference"]
+    assert ratio.before == (0.5, 0.5, 0.5), "the reference is tied with itself"
+    nll = lines["preferring", "nats per token (total)"]
+    assert nll.change is not None and nll.change.value == pytest.approx(nll.after.value - nll.before.value)
     page = (finished / "runs" / "tiny" / "report.html").read_text()
-    assert "Alignment" in page and "its own samples of train_pairs" in page
+    assert "What each stage changed" in page and "its own samples of train_pairs" in page
+    assert "preferring, which began as fine_tuned" in page
+    assert "Watch against gamed rewards" in page
+
+
+def test_a_stage_that_does_not_help_is_said_not_to(finished: Path) -> None:
+    """Two steps of a model of 16 dimensions write nothing that parses: 0 before, 0 now, in every group."""
+    store = Store(finished)
+    found = {one.model: one for one in changes(read_run(store, "tiny"), store)}
+    line = next(line for line in found["reinforced"].lines if line.measure == "parses")
+    assert line.after.value == 0 and line.after.high is not None and line.after.high > 0.5
+    assert line.verdict == NOTHING
+    better = [line.measure for line in found["reinforced"].lines if line.verdict == "better"]
+    said = found["reinforced"].summary
+    assert ("reinforced is better by no measure here" in said) == (not better)
+    assert NOTHING in said
+
+
+def test_the_terminal_says_what_each_stage_changed(finished: Path) -> None:
+    store = Store(finished)
+    for width in (80, 160):
+        file = io.StringIO()
+        print_report(read_run(store, "tiny"), store, Console(file=file, width=width))
+        text = file.getvalue()
+        assert "preferring, which began as fine_tuned" in text
+        assert "reinforced, watched for gamed rewards" in text
+        table = text[text.index("preferring, which began") : text.index("reinforced, which began")]
+        lines = [line for line in table.splitlines() if "better" not in line and ":" not in line]
+        assert max(map(len, lines)) <= width and "\N{HORIZONTAL ELLIPSIS}" not in table
+
+
+def test_optional_rewards_are_left_out_where_their_tool_is_not(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = AlignmentStage.model_validate(
+        JUDGED
+        | {"model": "m", "optional_rewards": [{"secure": {"name": "safe"}}, "distinct"]}
+        | {"rewards": ["parses"]}
+    )
+    with_tool = stage.key({})
+    monkeypatch.setattr("gyrocompass.measure.rewards.registry.find_spec", lambda name: None)
+    assert stage.outside() == {"safe": "bandit is not installed: pip install 'gyrocompass[rewards]'"}
+    assert stage.key({}) != with_tool, "a machine with the tool measures it"
 
 
 def test_a_sample_leads_back_to_its_documents(finished: Path) -> None:
@@ -217,6 +274,8 @@ def test_a_sample_leads_back_to_its_documents(finished: Path) -> None:
         ("preferring", {"objective": [{"dpo": {"of": "rollouts"}}]}, "the stage has only data"),
         ("preferring", {"objective": ["dppo"]}, "unknown objective 'dppo'"),
         ("align_preferring", {"rewards": []}, "prompts and rewards go together"),
+        ("align_preferring", {"optional_rewards": ["lint"]}, "unknown reward 'lint'; did you mean linted"),
+        ("align_preferring", {"optional_rewards": ["parses"]}, "two rewards are called parses"),
     ],
 )
 def test_mistakes_are_said_before_any_work(

@@ -11,6 +11,7 @@ import pytest
 from finished_run import HOSTILE, SLICES, FinishedRun, demo_run, poisonous_step, scored
 from rich.console import Console
 
+from gyrocompass.measure.gaming import Judged, summary
 from gyrocompass.measure.intervals import ratio_estimate, slice_scores
 from gyrocompass.measure.ledger import FIELDS
 from gyrocompass.recipe.record import RunRecord
@@ -19,6 +20,7 @@ from gyrocompass.recipe.report_data import data_facts
 from gyrocompass.recipe.report_format import DASH
 from gyrocompass.recipe.report_scores import score_groups
 from gyrocompass.recipe.report_training import trainings
+from gyrocompass.train.watch import as_json
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 
@@ -250,6 +252,57 @@ def test_weights_that_changed_are_drawn_and_told(tmp_path: Path) -> None:
     assert html.count(">weight of tokens of $a_b$</text>") == 2
     fixed = training._replace(steps=[{**row, **{key: {} for key in moving}} for row in training.steps])
     assert fixed.moving_weights() == []
+
+
+def test_scheduled_sampling_is_told_under_gold_inputs_too(tmp_path: Path) -> None:
+    run = FinishedRun(tmp_path)
+    run.add_data()
+    run.add_model()
+    forced = {"teacher_forced_nll_nats": lambda step: {"code/library": 2.0 if step > 180 else 5.0}}
+    run.add_training("pretrained", "untrained", steps=200, moving=forced)
+    (training,) = trainings(run.record(), run.store)
+    ((name, first, last, own),) = training.teacher_forced()
+    assert (name, first, last) == ("code/library", 5.0, 2.0)
+    tail = [row["nll_nats"]["code/library"] for row in training.steps[180:]]
+    assert own == pytest.approx(np.mean(tail))
+    row = page_of(run, tmp_path).row("code/library", "5.000")
+    assert row == ["code/library", "5.000", "2.000", f"{own:.3f}"]
+    said = "pretrained, code/library: 2.000 nats/token under gold inputs in the last tenth of the steps, "
+    assert f"{said}{own:.3f} under its own" in terminal(run, 80)
+
+
+def test_training_without_scheduled_sampling_says_nothing_of_it(demo: FinishedRun, demo_html: str) -> None:
+    assert all(training.teacher_forced() == [] for training in trainings(demo.record(), demo.store))
+    assert "Scheduled sampling" not in demo_html and "gold inputs" not in terminal(demo, 80)
+
+
+def look(step: int, proxy: float, gold: float) -> dict[str, Any]:
+    judged = [
+        Judged(f"p{n}", proxy + 0.01 * n, gold + 0.02 * n, 0.5 * step, 3.0, 20 + n, 0.75, n > 0)
+        for n in range(4)
+        for _ in range(2)
+    ]
+    return as_json(summary(step, judged))
+
+
+@pytest.mark.parametrize("halted", [True, False])
+def test_what_a_watch_saw_is_told(tmp_path: Path, halted: bool) -> None:
+    run = FinishedRun(tmp_path)
+    run.add_data()
+    run.add_model()
+    looks = [look(0, 0.1, 0.6), look(5, 0.4, 0.7), look(10, 0.8, 0.2)]
+    run.add_training("reinforced", "untrained", steps=10, looks=looks, best_step=5 if halted else None)
+    (training,) = trainings(run.record(), run.store)
+    end = "the watch halted the run after step 10 and went back there." if halted else "did not halt the run."
+    assert training.watched.startswith("The gold reward was highest at step 5;")
+    assert training.watched.endswith(end)
+    page = page_of(run, tmp_path)
+    assert "over 8 samples of 4 prompts that are not trained on" in page.text
+    step, proxy, gold, kl, tokens, *_, cut_off, _ = page.row("10")
+    assert proxy.startswith("0.815 [") and gold.startswith("0.230 [")
+    assert (step, kl, tokens, cut_off) == ("10", "5.000", "21.50", "25.0%")
+    text = terminal(run, 80)
+    assert "reinforced, watched for gamed rewards" in text and "step 5: reward 0.415 [" in text
 
 
 def test_objective_terms_and_what_was_drawn(demo: FinishedRun) -> None:

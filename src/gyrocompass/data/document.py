@@ -112,6 +112,7 @@ class Document:
         file_hash: sha256 (64 hex digits) of the file it was read from, where that is known; of an archive for
             what lies in one.
         provenance: what raw files say about it; None where it comes from a data set.
+        tests: Python texts that code in its answer should pass, for the reward `unit_tests`.
         unit: documents that follow each other under one name are read together; a preference is a unit of
             its own.
         group: documents of one group stay on one side of a split; None means that of its unit, or of its own
@@ -142,6 +143,7 @@ class Document:
     time: datetime.datetime | None = None
     file_hash: str | None = None
     provenance: Provenance | None = None
+    tests: tuple[str, ...] = ()
 
     @cached_property
     def content_hash(self) -> str:
@@ -160,6 +162,8 @@ class Document:
             content += json.dumps(dict(self.labels), sort_keys=True)
         if self.steps:
             content += json.dumps(self.steps)
+        if self.tests:
+            content += json.dumps(self.tests)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
@@ -279,6 +283,7 @@ DOCUMENT_SCHEMA = pa.schema(
         ("unit", pa.string()),
         ("labels", pa.map_(pa.string(), pa.float64())),
         ("steps", pa.list_(pa.struct([("end", pa.int64()), ("reward", pa.float64())]))),
+        ("tests", pa.list_(pa.string())),
         ("content_hash", pa.string()),
         ("time", pa.timestamp("us", tz="UTC")),
         ("file_hash", pa.string()),
@@ -409,6 +414,7 @@ def document_of(row: Mapping[str, Any]) -> Document:
     fields["origin_ids"] = tuple(row["origin_ids"])
     fields["labels"] = MappingProxyType(dict(row["labels"]))
     fields["steps"] = tuple(Step(**step) for step in row.get("steps", ()))
+    fields["tests"] = tuple(row.get("tests") or ())
     noted = row.get("provenance")
     if noted is not None:
         evidence = tuple(Evidence(**each) for each in noted["evidence"])

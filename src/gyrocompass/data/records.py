@@ -12,6 +12,7 @@ group, unit, and labels, which are numbers or true and false:
 
     label, margin, score      is this answer desirable; how clear is the preference; what is the answer worth
     labels: {name: number}    what else an objective reads: relevance, role, tie, retriever_logprob, ...
+    tests: text, or a list    Python that code in the answer should pass, for the reward `unit_tests`
     unit: name                records that follow each other under one name are read together: a question and
                               what answers it, the passages of a question, answers that are ranked
 
@@ -170,6 +171,7 @@ def _document(raw: Mapping[str, Any], options: RecordOptions, place: Place) -> D
         or (_prompt_group(kind, content) if judged and unit is None else None),
         unit=unit,
         labels=labels,
+        tests=() if kind == "text" else _tests(raw.get("tests")),
         **content,
     )
 
@@ -367,6 +369,17 @@ def _optional(raw: Mapping[str, Any], name: str, types: tuple[type, ...]) -> str
     if not isinstance(value, types) or isinstance(value, bool):
         raise Malformed(f"{name} is not a text but {_type_name(value)}")
     return _text(str(value), name)
+
+
+def _tests(value: Any) -> tuple[str, ...]:
+    """Tests of the answer: one text, or a list of them."""
+    if value is None:
+        return ()
+    if not isinstance(value, str | list) or value == []:
+        found = "an empty list" if value == [] else _type_name(value)
+        raise Malformed(f"tests is not a text or a list of texts but {found}")
+    given = [value] if isinstance(value, str) else value
+    return tuple(_text(test, f"tests[{index}]") for index, test in enumerate(given))
 
 
 def _slice(raw: Mapping[str, Any]) -> str | None:

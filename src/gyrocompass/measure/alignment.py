@@ -30,11 +30,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gyrocompass.measure.intervals import Estimate, ratio_estimate
+from gyrocompass.measure.intervals import Estimate, ratio_estimate, share_estimate
 
 FloatArray = NDArray[np.float64]
 ALIGNMENT = "alignment.json"
 """Where a stage keeps its figures."""
+PREFERRED = "preferred by "
+BY_LOGPROB, BY_RATIO, BY_REWARD = (
+    PREFERRED + what for what in ("log-probability", "ratio to reference", "reward model")
+)
+CUT_OFF, DISTANCE = "sample: cut off", "sample: KL from reference, nats"
 BINS = 10
 
 
@@ -52,16 +57,21 @@ class Figure(NamedTuple):
     """What the interval is clustered by."""
     by_group: dict[str, tuple[float, int]]
     """Each group's sum and count: what two models are compared by."""
+    is_share: bool = False
+    """Whether every value is in [0, 1], so that the interval is too."""
 
     @classmethod
-    def of(cls, name: str, slice_name: str, values_P: ArrayLike, groups: Sequence[str]) -> Figure:
+    def of(
+        cls, name: str, slice_name: str, values_P: ArrayLike, groups: Sequence[str], *, is_share: bool = False
+    ) -> Figure:
         """The mean of values, clustered by group."""
         sums: dict[str, tuple[float, int]] = {}
         for value, group in zip(np.asarray(values_P, np.float64).tolist(), groups, strict=True):
             total, count = sums.get(group, (0.0, 0))
             sums[group] = (total + value, count + 1)
-        estimate = ratio_estimate([s for s, _ in sums.values()], [n for _, n in sums.values()])
-        return cls(name, slice_name, *estimate, len(groups), len(sums), sums)
+        sum_G, count_G = np.array(list(sums.values()), np.float64).T
+        estimate = (share_estimate if is_share else ratio_estimate)(sum_G, count_G)
+        return cls(name, slice_name, *estimate, len(groups), len(sums), sums, is_share)
 
 
 def right_share(margin_P: ArrayLike) -> FloatArray:
@@ -77,14 +87,19 @@ def right_share(margin_P: ArrayLike) -> FloatArray:
 def paired_difference(one: Figure, other: Figure) -> Estimate | None:
     """How much `one` is above `other`, on the groups that both have; None where they share none.
 
-    The groups are the clusters, so what a group has in common under both models cancels.
+    The groups are the clusters, so what a group has in common under both models cancels. Where two shares are
+    equal in every group, the interval is what so many equal groups leave open, as in `share_estimate`.
     """
     shared = [group for group in one.by_group if group in other.by_group]
     if not shared:
         return None
     counts_G = np.array([one.by_group[group][1] for group in shared], np.float64)
     means = [np.array([f.by_group[g][0] / f.by_group[g][1] for g in shared]) for f in (one, other)]
-    return ratio_estimate((means[0] - means[1]) * counts_G, counts_G)
+    change = ratio_estimate((means[0] - means[1]) * counts_G, counts_G)
+    if one.is_share and other.is_share and np.array_equal(means[0], means[1]):
+        open_ = share_estimate(np.zeros(len(shared)), counts_G).high
+        return change if open_ is None else Estimate(0.0, -open_, open_)
+    return change
 
 
 class Calibration(NamedTuple):

@@ -78,6 +78,36 @@ def ratio_estimate(
     return Estimate(ratio, ratio - half_width, ratio + half_width)
 
 
+def share_estimate(
+    numerator_G: ArrayLike, denominator_G: ArrayLike, confidence: float = CONFIDENCE
+) -> Estimate:
+    """A mean of values in [0, 1] over groups: as `ratio_estimate`, with an interval that stays inside [0, 1].
+
+    Where all values are 0, or all are 1, the groups show no spread, and "0 of 20" is no proof of "never". The
+    interval is then that of Clopper and Pearson for G independent trials, each a group:
+
+        [0, 1 - (a / 2)^(1/G)],  or [(a / 2)^(1/G), 1],  a = 1 - confidence
+
+    A mean of m needs at least a share m of the groups (counted by their sizes) to be above 0. So where groups
+    are of about one size the bound holds for values between 0 and 1 too, however many values a group has.
+
+    >>> low, high = share_estimate([0.0] * 20, [3.0] * 20)[1:]
+    >>> low, round(high, 3)
+    (0.0, 0.168)
+
+    Source: Clopper and Pearson, Biometrika 26, 1934.
+    """
+    value, low, high = ratio_estimate(numerator_G, denominator_G, confidence)
+    if low is None or high is None:
+        return Estimate(value, low, high)
+    reach = ((1 - confidence) / 2) ** (1 / np.asarray(numerator_G).size)
+    if value == 0.0:
+        return Estimate(0.0, 0.0, 1 - reach)
+    if value == 1.0:
+        return Estimate(1.0, reach, 1.0)
+    return Estimate(value, max(0.0, low), min(1.0, high))
+
+
 class SliceScore(NamedTuple):
     """A slice's line in a report. Intervals are 95%, clustered by group; None where there is none."""
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from gyrocompass.core.artifact import Artifact, Draft
-from gyrocompass.core.errors import ConfigError, did_you_mean
+from gyrocompass.core.errors import ConfigError, GyroError, did_you_mean
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.model.fit import check_context
@@ -171,9 +172,23 @@ def _run(workplace: Workplace, stage: Stage, key: str) -> None:
         store, settings = workplace.store, stage.settings()
         with store.locked_work(key, f"stages.{workplace.name}"):
             parents = {**workplace.inputs, **stage.origins()}
-            with store.create(key, stage.makes, parents=parents, recipe=settings) as draft:
+            with (
+                store.create(key, stage.makes, parents=parents, recipe=settings) as draft,
+                _placed(workplace),
+            ):
                 stage.run(workplace, draft)
             store.forget_work(key)
     elif stage.distributed:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, _placed(workplace):
             stage.run(workplace, Draft(Path(scratch), stage.makes, {}, {}))
+
+
+@contextmanager
+def _placed(workplace: Workplace) -> Iterator[None]:
+    """Errors that do not know where they arose (a loss sees no recipe) are those of the stage."""
+    try:
+        yield
+    except GyroError as error:
+        if error.where is None:
+            error.where = f"stages.{workplace.name}"
+        raise

@@ -23,6 +23,7 @@ from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.recipe.plan import reference_mistakes
 from gyrocompass.recipe.stages.alignment import AlignmentStage
 from gyrocompass.recipe.stages.corpus import CuratedStage, DocumentsStage, PairsStage, SplitStage
+from gyrocompass.recipe.stages.function_tests import FunctionTestsStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStage
 from gyrocompass.recipe.stages.score import CompletionsStage, ScoreStage
@@ -37,6 +38,7 @@ AnyStage = Annotated[
     | SplitStage
     | PairsStage
     | PreferencesStage
+    | FunctionTestsStage
     | TokenizerStage
     | ImportedTokenizerStage
     | TokensStage

@@ -23,14 +23,15 @@ from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.folder import write_whole
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.store import Store
+from gyrocompass.measure.intervals import Estimate
 from gyrocompass.measure.table import MEASURES, Measure, estimate, plain_table, print_fitting, with_interval
 from gyrocompass.recipe import report_format as fmt
 from gyrocompass.recipe.record import RunRecord, StageRecord
-from gyrocompass.recipe.report_alignment import Cell, Judged, judged_models, measures, side_by_side
+from gyrocompass.recipe.report_alignment import Changed, Line, changes, side_by_side
 from gyrocompass.recipe.report_completions import CompletionGroup, completion_groups
 from gyrocompass.recipe.report_data import data_facts
 from gyrocompass.recipe.report_scores import ScoreRow, SliceGroup, score_groups
-from gyrocompass.recipe.report_training import Training, trainings
+from gyrocompass.recipe.report_training import Training, best_of_gap, trainings
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -49,12 +50,13 @@ def print_report(record: RunRecord, store: Store, console: Console) -> None:
     groups = score_groups(record, store)
     if groups:
         print_fitting(partial(_score_table, groups), console)
-    judged = judged_models(record, store)
-    if judged:
-        console.print(_alignment_table(judged))
+    for changed in changes(record, store):
+        _print_changed(changed, console)
     for group in completion_groups(record, store):
         _print_completions(group, console)
     for training in trainings(record, store):
+        _print_forced(training, console)
+        _print_watch(training, console)
         _print_incidents(training, console)
 
 
@@ -74,25 +76,48 @@ def _own_counts(row: ScoreRow) -> list[str]:
     return [fmt.count(getattr(row.score, name, None)) for name in ("documents", "groups", "tokens")]
 
 
-def _alignment_table(judged: list[Judged]) -> Table:
-    title = "alignment: mean [95% interval], and the paired change from the first model"
-    table = Table(title=title, title_style="bold")
-    table.add_column("measure")
-    for one in judged:
-        table.add_column(one.model, justify="right")
-    for measured in measures(judged):
-        table.add_row(measured.name, *(_alignment_cell(cell) for cell in measured.cells))
+def _print_changed(changed: Changed, console: Console) -> None:
+    """What a stage changed: each measure on one line where the console is wide enough, else on two."""
+    table = _changed_table(changed, on_one_line=True)
+    if console.measure(table, options=console.options.update(width=10_000)).maximum > console.width:
+        table = _changed_table(changed, on_one_line=False)
+    console.print()
+    console.print(table)
+    if changed.summary:
+        console.print(Text(changed.summary), soft_wrap=True)
+    for name, reason in changed.left_out.items():
+        console.print(Text(f"{name} was left out: {reason}", style="dim"), soft_wrap=True)
+
+
+def _changed_table(changed: Changed, *, on_one_line: bool) -> Table:
+    begun = f", which began as {changed.base}" if changed.base else ""
+    table = Table(title=f"{changed.model}{begun}", title_style="bold", title_justify="left", box=None)
+    table.padding, table.pad_edge = (0, 2, 0, 0), False
+    table.add_column("measure", overflow="fold")
+    table.add_column("now [95% interval]", no_wrap=True)
+    if on_one_line:
+        for heading in ("change, paired", "shows", "over", "groups"):
+            table.add_column(heading, no_wrap=True)
+    for line in changed.lines:
+        now, change = _with_interval(line.after), _change(line)
+        if on_one_line:
+            over = f"{fmt.count(line.size)} {line.counted}"
+            table.add_row(Text(line.measure), now, change, line.verdict, over, fmt.count(line.groups))
+        else:
+            table.add_row(Text(line.measure), now)
+            if line.verdict or line.change:
+                table.add_row(Text(f"  {line.verdict}"), change)
     return table
 
 
-def _alignment_cell(cell: Cell) -> str:
-    if cell.figure is None:
-        return fmt.DASH
-    text = f"{fmt.figure(cell.figure.value)} {fmt.interval(cell.figure.low, cell.figure.high)}"
-    if cell.change is None:
-        return text
-    value, low, high = cell.change
-    return f"{text}\n{fmt.signed(value)} {fmt.interval(low, high)} {cell.verdict}"
+def _with_interval(one: Estimate) -> str:
+    return f"{fmt.figure(one.value)} {fmt.interval(one.low, one.high)}"
+
+
+def _change(line: Line) -> str:
+    if line.change is None:
+        return ""
+    return f"{fmt.signed(line.change.value)} {fmt.interval(line.change.low, line.change.high)}"
 
 
 def _print_completions(group: CompletionGroup, console: Console) -> None:
@@ -107,6 +132,26 @@ def _print_completions(group: CompletionGroup, console: Console) -> None:
 def _first_lines(text: str, number: int) -> str:
     lines = text.strip("\n").splitlines()
     return "\n".join(lines[:number]) + (" ..." if len(lines) > number else "")
+
+
+def _print_forced(training: Training, console: Console) -> None:
+    for row in training.teacher_forced():
+        text = f"{training.stage}, {row.slice}: {fmt.figure(row.last_nats)} nats/token under gold inputs"
+        text += (
+            f" in the last tenth of the steps, {fmt.figure(row.own_nats)} under its own (scheduled sampling)"
+        )
+        console.print(Text(text), soft_wrap=True)
+
+
+def _print_watch(training: Training, console: Console) -> None:
+    if not training.looks:
+        return
+    console.print(Text(f"\n{training.stage}, watched for gamed rewards", style="bold"))
+    for look in training.looks:
+        proxy, gold = (_with_interval(Estimate(**look[name])) for name in ("proxy", "gold"))
+        text = f"step {look['step']}: reward {proxy}, gold {gold}, KL {fmt.figure(look['kl_nats'])} nats"
+        console.print(Text(text), soft_wrap=True)
+    console.print(Text(training.watched, style="dim"), soft_wrap=True)
 
 
 def _print_incidents(training: Training, console: Console) -> None:
@@ -151,7 +196,6 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
 
     groups, trained = score_groups(record, store), trainings(record, store)
     slices = sorted({name for training in trained for name in training.slices})
-    judged = judged_models(record, store)
     stages = [StageFacts(stage, store.open(stage.artifact, verify=False)) for stage in record.stages]
     last_model = next((facts for facts in reversed(stages) if facts.artifact.manifest.kind == "model"), None)
     page = _template().render(
@@ -167,9 +211,8 @@ def write_report(record: RunRecord, store: Store, folder: Path) -> Path:
         shade=shade,
         data=data_facts(record, store),
         completions=completion_groups(record, store),
-        judged=judged,
-        measured=measures(judged),
-        side_by_side=side_by_side(judged),
+        changes=changes(record, store),
+        side_by_side=side_by_side(record, store),
         paths=_incident_paths(trained, record, store),
         stages=stages,
         names={facts.artifact.id: facts.stage.name for facts in stages},
@@ -241,7 +284,7 @@ def _template() -> Template:
     )
     names = ("figure", "interval", "signed", "small", "count", "counted", "brief", "share", "seconds", "when")
     environment.filters |= {name: getattr(fmt, name) for name in names}
-    environment.filters |= {"visible": _visible}
+    environment.filters |= {"visible": _visible, "gap": best_of_gap}
     environment.globals |= {"estimate": estimate, "SCALE": fmt.SCALE, "DASH": fmt.DASH}
     return environment.get_template("report.html.j2")
 

@@ -41,12 +41,16 @@ def signed(value: float | None) -> str:
 
 
 def small(value: float | None) -> str:
-    """Four significant digits, for terms of an objective that may be of any size.
+    """Four significant digits, and all those before the point, for terms of an objective of any size.
 
-    >>> small(3.0), small(0.0021), small(None)
-    ('3.000', '0.002100', '\N{EN DASH}')
+    >>> small(3.0), small(0.0021), small(None), small(1189.4)
+    ('3.000', '0.002100', '\N{EN DASH}', '1,189')
     """
-    return DASH if value is None else f"{value:#.4g}".replace("-", MINUS)
+    if value is None:
+        return DASH
+    if 1000 <= abs(value) < 1e9:
+        return f"{value:,.0f}".replace("-", MINUS)
+    return f"{value:#.4g}".replace("-", MINUS)
 
 
 def count(value: float | None) -> str:

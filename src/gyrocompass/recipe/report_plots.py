@@ -21,28 +21,41 @@ MOST_POINTS = 700
 def loss_plot(training: Training, order: Sequence[str]) -> str:
     """Nats per token over the steps for each slice; below, the learning rate and the norm of the gradient.
 
+    Where the stage learned from rewarded samples, their mean reward stands at the bottom.
+
     Args:
         training: the stage.
         order: all slices of the report; a slice's place decides its colour.
     """
     curves = [(order.index(name), training.curve(name)) for name in training.slices]
+    rewards = [(row["step"], row["rollout"]["reward"]) for row in training.steps if "rollout" in row]
 
     def draw(figure: Any) -> None:
-        loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(5, 1, 1))
+        heights = (5, 1, 1, *([2] if rewards else []))
+        loss, rate, norm, *reward = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         for index, curve in curves:
             _draw_curve(loss, index, curve)
         caption(loss, "nats per token")
-        _draw_series(rate, training, "learning_rate", "learning rate")
-        _draw_series(norm, training, "gradient_norm", "gradient norm")
+        _draw_series(rate, _series(training, "learning_rate"), "learning rate")
+        _draw_series(norm, _series(training, "gradient_norm"), "gradient norm")
+        for axes in reward:
+            _draw_series(axes, rewards, "mean reward of the step's samples", from_zero=False)
         if training.clip_norm is not None:
             norm.axhline(training.clip_norm, color=mark("muted"), linewidth=0.8, linestyle=(0, (4, 3)))
         if training.best_step is not None:
             loss.axvline(training.best_step, color=mark("muted"), linewidth=0.8)
-        norm.set_xlabel("step", color=mark("muted"))
-        norm.locator_params(axis="x", integer=True)
-        norm.set_xlim(0, 1.01 * max((row["step"] for row in training.steps), default=1))
+        last = reward[0] if reward else norm
+        last.set_xlabel("step", color=mark("muted"))
+        last.locator_params(axis="x", integer=True)
+        last.set_xlim(0, 1.01 * max((row["step"] for row in training.steps), default=1))
 
-    return both(f"loss-{training.stage}", f"Loss of {training.stage} by slice", 430, draw)
+    height = 530 if rewards else 430
+    return both(f"loss-{training.stage}", f"Loss of {training.stage} by slice", height, draw)
+
+
+def _series(training: Training, key: str) -> list[tuple[float, float]]:
+    """A number of each step that has it: (step, number)."""
+    return [(row["step"], row[key]) for row in training.steps if row[key] is not None]
 
 
 def _draw_curve(axes: Any, index: int, curve: Curve) -> None:
@@ -64,13 +77,13 @@ def _draw_curve(axes: Any, index: int, curve: Curve) -> None:
         )
 
 
-def _draw_series(axes: Any, training: Training, key: str, label: str) -> None:
-    rows = [row for row in training.steps if row[key] is not None]
-    step_K = np.array([row["step"] for row in rows], dtype=np.float64)
-    value_K = np.array([row[key] for row in rows], dtype=np.float64)
+def _draw_series(axes: Any, points: list[tuple[float, float]], label: str, *, from_zero: bool = True) -> None:
+    step_K, value_K = np.array(points, dtype=np.float64).reshape(-1, 2).T
     axes.plot(*_thinned(step_K, value_K), color=mark("ink"), linewidth=1.0)
-    axes.set_ylim(bottom=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.locator_params(axis="y", nbins=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     caption(axes, label)
 
 

@@ -47,7 +47,9 @@ class SliceGroup(NamedTuple):
         return counts.pop() if len(counts) == 1 and all(row.score for row in self.rows) else None
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
+    """What a score stage found."""
+
     model: str
     ledger: Ledger
     by_slice: dict[str, SliceScore]
@@ -63,12 +65,12 @@ def score_groups(record: RunRecord, store: Store) -> list[SliceGroup]:
         SliceGroup(
             name,
             False,
-            [ScoreRow(one.model, one.by_slice.get(name), _change(last, one, name)) for last, one in pairs],
+            [ScoreRow(one.model, one.by_slice.get(name), nll_change(last, one, name)) for last, one in pairs],
         )
         for name in sorted({name for one in scored for name in one.by_slice})
     ]
     if groups:
-        total = [ScoreRow(one.model, one.total, _change(last, one, None)) for last, one in pairs]
+        total = [ScoreRow(one.model, one.total, nll_change(last, one, None)) for last, one in pairs]
         groups.append(SliceGroup("total", True, total))
     return groups
 
@@ -83,14 +85,26 @@ def _labels(stages: list[StageRecord]) -> list[str]:
     ]
 
 
-def _scored(stage: StageRecord, label: str, store: Store) -> _Scored:
+def _scored(stage: StageRecord, label: str, store: Store) -> Scored:
     ledger = Ledger.load(store.open(stage.artifact, verify=False).path / "ledger.parquet")
     lines = slice_scores(ledger)
-    return _Scored(label, ledger, {line.slice: line for line in lines[:-1]}, lines[-1] if lines else None)
+    return Scored(label, ledger, {line.slice: line for line in lines[:-1]}, lines[-1] if lines else None)
 
 
-def _change(before: _Scored | None, after: _Scored, slice_name: str | None) -> Estimate | None:
-    """The paired difference in nats per token: (sum of NLL after - before) / tokens of the same groups."""
+def scored_models(record: RunRecord, store: Store) -> dict[str, Scored]:
+    """By the stage that made the model; where a model is scored twice, the first time."""
+    found: dict[str, Scored] = {}
+    for stage in record.stages:
+        if stage.kind == "score" and stage.inputs["model"] not in found:
+            found[stage.inputs["model"]] = _scored(stage, stage.inputs["model"], store)
+    return found
+
+
+def nll_change(before: Scored | None, after: Scored, slice_name: str | None) -> Estimate | None:
+    """The paired difference in nats per token: (sum of NLL after - before) / tokens of the same groups.
+
+    None where the two did not score the same tokens, or one of them none; a slice of None is all of them.
+    """
     if before is None:
         return None
     if _counted(before.ledger, "document", slice_name) != _counted(after.ledger, "document", slice_name):

@@ -77,6 +77,18 @@ class Drawn(NamedTuple):
     context (prompts) has fewer targets than inputs."""
 
 
+class Forced(NamedTuple):
+    """A slice's NLL under gold inputs, where scheduled sampling trained under other ones."""
+
+    slice: str
+    first_nats: float
+    """Per token, over the first tenth of the steps; each step counts alike."""
+    last_nats: float
+    """Over the last tenth."""
+    own_nats: float
+    """Over the last tenth, under the inputs that were trained on: some of them the model's own tokens."""
+
+
 class Training(NamedTuple):
     """A finished training stage."""
 
@@ -90,6 +102,8 @@ class Training(NamedTuple):
     """Rows of metrics.jsonl."""
     evaluations: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
+    looks: list[dict[str, Any]]
+    """Rows of watch.jsonl: what a watch against gamed rewards saw."""
     ledger: Ledger
 
     @property
@@ -104,9 +118,21 @@ class Training(NamedTuple):
 
     @property
     def best_step(self) -> int | None:
-        """The step whose parameters were kept, where early stopping chose one."""
-        best = self.counts.get("best_step") if self.settings.get("early_stopping") else None
+        """The step whose parameters were kept, where early stopping or a halting watch chose one."""
+        keeps_it = self.settings.get("early_stopping") or self.settings.get("watch")
+        best = self.counts.get("best_step") if keeps_it else None
         return None if best is None else int(best)
+
+    @property
+    def watched(self) -> str:
+        """What a watch against gamed rewards made of the run."""
+        if not self.looks:
+            return ""
+        best = max(self.looks, key=lambda look: look["gold"]["value"])
+        text = f"The gold reward was highest at step {best['step']}"
+        if self.best_step is None:
+            return f"{text}; the watch did not halt the run."
+        return f"{text}; the watch halted the run after step {self.looks[-1]['step']} and went back there."
 
     @property
     def clip_norm(self) -> float | None:
@@ -143,6 +169,26 @@ class Training(NamedTuple):
             return float(np.mean([row.get(name, np.nan) for row in some]))
 
         return [(name, mean(name, rows[:part]), mean(name, rows[-part:])) for name in names]
+
+    def teacher_forced(self) -> list[Forced]:
+        """By slice; empty without scheduled sampling."""
+        key = "teacher_forced_nll_nats"
+        rows = [row for row in self.steps if key in row]
+        part = max(1, len(rows) // END_PARTS)
+
+        def mean(kind: str, name: str, some: list[dict[str, Any]]) -> float:
+            known = [row[kind][name] for row in some if row[kind].get(name) is not None]
+            return float(np.mean(known)) if known else float("nan")
+
+        return [
+            Forced(
+                name,
+                mean(key, name, rows[:part]),
+                mean(key, name, rows[-part:]),
+                mean("nll_nats", name, rows[-part:]),
+            )
+            for name in sorted({name for row in rows for name in row[key]})
+        ]
 
     def objective_terms(self) -> list[ObjectiveTerm]:
         """Every term of the objective by name."""
@@ -207,8 +253,16 @@ def _training(stage: StageRecord, store: Store) -> Training:
         steps=read_metrics(artifact.path / "metrics.jsonl"),
         evaluations=read_metrics(artifact.path / "evaluations.jsonl"),
         incidents=read_metrics(artifact.path / "incidents.jsonl"),
+        looks=read_metrics(artifact.path / "watch.jsonl"),
         ledger=Ledger.load(artifact.path / "ledger.parquet"),
     )
+
+
+def best_of_gap(look: dict[str, Any]) -> float:
+    """What the proxy gains by the largest best-of-n, less what gold gains, at one look of a watch."""
+    one, most = look["best_of"][0], look["best_of"][-1]
+    gap: float = (most["proxy"] - one["proxy"]) - (most["gold"] - one["gold"])
+    return gap
 
 
 def _running_mean(value_K: FloatArray, weight_K: FloatArray, window: int) -> FloatArray:

@@ -26,8 +26,9 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig, GamingMonitor, Judged, Row
 from gyrocompass.measure.reward import WeightedSum
 from gyrocompass.measure.rewards.text import distinct_share
-from gyrocompass.train.answers import Annotate, FloatArray, Prompt, as_sample, sample_row
+from gyrocompass.train.answers import Annotate, FloatArray, Prompt
 from gyrocompass.train.distributed import World
+from gyrocompass.train.draw import draw, sums
 from gyrocompass.train.metrics import MetricLog
 from gyrocompass.train.rollout import Generate
 
@@ -116,34 +117,26 @@ class GamingWatch:
             self.log.cut(self.monitor.rows[-1].step if self.monitor.rows else -1)
 
     def _judged(self) -> list[Judged]:
-        asked = [prompt for prompt in self.prompts for _ in range(self.config.samples_per_prompt)]
-        seeds = [self.config.seed * 1_000_003 + number for number in range(len(asked))]
-        sampled = self.generate([prompt.ids for prompt in asked], seeds)
-        samples = [as_sample(p, one, self.decode) for p, one in zip(asked, sampled, strict=True)]
-        dataset = TokenDataset.of(
-            sample_row(f"{prompt.id}@{number}", prompt, one.token_ids)
-            for number, (prompt, one) in enumerate(zip(asked, sampled, strict=True))
+        asked, samples, dataset = draw(
+            self.prompts, self.config.samples_per_prompt, self.config.seed, self.generate, self.decode
         )
         scored, reference_N = self.score(dataset), self.reference(dataset)
+        kl_D = sums(dataset, scored.logprob_N - reference_N)
+        entropy_D = sums(dataset, scored.entropy_N) / sums(dataset, np.ones_like(scored.entropy_N))
         proxy, gold = self.proxy(samples), self.gold(samples)
-        judged = []
-        for d, (prompt, sample) in enumerate(zip(asked, samples, strict=True)):
-            own = slice(int(dataset.offset_D[d]), int(dataset.offset_D[d + 1]))
-            counted = dataset.weight_N[own] > 0
-            distance_N = (scored.logprob_N[own] - reference_N[own])[counted]
-            judged.append(
-                Judged(
-                    prompt=prompt.id,
-                    proxy=proxy[d],
-                    gold=gold[d],
-                    kl_nats=float(distance_N.sum(dtype=np.float64)),
-                    entropy_nats=float(scored.entropy_N[own][counted].mean(dtype=np.float64)),
-                    n_tokens=sample.n_tokens,
-                    distinct=distinct_share(sample.completion),
-                    finished=sample.finished,
-                )
+        return [
+            Judged(
+                prompt=prompt.id,
+                proxy=proxy[d],
+                gold=gold[d],
+                kl_nats=float(kl_D[d]),
+                entropy_nats=float(entropy_D[d]),
+                n_tokens=sample.n_tokens,
+                distinct=distinct_share(sample.completion),
+                finished=sample.finished,
             )
-        return judged
+            for d, (prompt, sample) in enumerate(zip(asked, samples, strict=True))
+        ]
 
 
 def as_json(row: Row) -> dict[str, Any]:

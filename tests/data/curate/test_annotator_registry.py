@@ -13,8 +13,10 @@ from gyrocompass.data.curate.ngram_model import NgramModel
 from gyrocompass.data.curate.objections import Objections
 from gyrocompass.data.curate.step import columns_of, step_types
 
-NAMES = {"code_language", "decontamination", "domain", "importance", "language", "licences", "likelihood",
-         "likelihood_bands", "moderation", "objections", "personal", "quality", "repetition", "secrets"}  # fmt: skip
+NAMES = {
+    "code_language", "decontamination", "domain", "importance", "language", "licences", "likelihood",
+    "likelihood_bands", "moderation", "objections", "personal", "quality", "repetition", "secrets",
+}  # fmt: skip
 
 
 def test_every_annotator_is_known_by_its_name_and_says_its_columns_beforehand(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def _sums(folded_N: npt.NDArray[np.unsignedinteger], start_W: Int64Array) -> UIn
     term_N = folded_N.astype(np.uint64)
     term_N *= power_N[: folded_N.size]
     np.cumsum(term_N, out=running_N1[1:])
-    sum_W = np.diff(running_N1[np.append(start_W, folded_N.size)])
+    sum_W: UInt64Array = np.diff(running_N1[np.append(start_W, folded_N.size)])
     sum_W *= inverse_N[start_W]
     return sum_W
 

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 
 from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 from gyrocompass.measure.reward import Sample, shortened
-from gyrocompass.measure.rewards.registry import Tools, reward
+from gyrocompass.measure.rewards.registry import SANDBOX, Tools, reward
 from gyrocompass.measure.sandbox.run import Outcome, Program, run_many
 
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
@@ -109,7 +109,7 @@ judge()
 """Reads everything before the code runs, which might change the files."""
 
 
-@reward()
+@reward(needs=SANDBOX)
 def unit_tests(
     samples: Sequence[Sample],
     tools: Tools,
@@ -135,14 +135,15 @@ def unit_tests(
         BadInput: a record has no tests, or one that does not compile.
         GyroError: the machine cannot contain the code.
     """
+    tests = [_tests(sample, field) for sample in samples]
     programs, keys = {}, {}
     for index, code in _sound(samples, with_prompt).items():
         keys[index] = secrets.token_hex(16)
-        programs[index] = _test_program(code, _tests(samples[index], field), keys[index])
+        programs[index] = _test_program(code, tests[index], keys[index])
     outcomes = dict(zip(programs, run_many([*programs.values()], tools.sandbox), strict=True))
     values = [0.0] * len(samples)
     for index, outcome in outcomes.items():
-        share = _passed(outcome, keys[index]) / len(_tests(samples[index], field))
+        share = _passed(outcome, keys[index]) / len(tests[index])
         values[index] = share if score == "share" else float(share == 1.0)
     return values
 
@@ -167,7 +168,7 @@ def _passed(outcome: Outcome, key: str) -> int:
     return len({line for line in outcome.stdout.splitlines() if line.startswith(f"{key} ")})
 
 
-@reward()
+@reward(needs="ruff")
 def linted(
     samples: Sequence[Sample],
     tools: Tools,
@@ -200,7 +201,7 @@ def linted(
     return values
 
 
-@reward()
+@reward(needs="ruff")
 def formatted(
     samples: Sequence[Sample], tools: Tools, *, config: Path | None = None, with_prompt: bool = False
 ) -> list[float]:
@@ -228,7 +229,7 @@ def formatted(
     ]
 
 
-@reward()
+@reward(needs="bandit")
 def secure(
     samples: Sequence[Sample],
     tools: Tools,

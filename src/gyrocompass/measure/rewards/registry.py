@@ -16,12 +16,13 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from pydantic import create_model
 
 from gyrocompass.core.config import Config
-from gyrocompass.measure.sandbox.run import SandboxConfig
+from gyrocompass.measure.sandbox.run import SandboxConfig, sandbox_abilities
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 """Whole texts (prompt and completion) to numbers: a reward model, without the model."""
@@ -51,9 +52,21 @@ class Registered:
     parameters: type[Config]
     limits: Callable[..., tuple[float, float]]
     """(**parameters) -> (low, high)."""
+    needs: str | None = None
+    """A package that not everybody has, or the sandbox."""
+
+    def why_not(self) -> str | None:
+        """Why it cannot be computed on this machine; None where it can."""
+        if self.needs == SANDBOX:
+            missing = sorted(sandbox_abilities().missing)
+            return f"no sandbox here would guard {', '.join(missing)}" if missing else None
+        if self.needs is not None and find_spec(self.needs) is None:
+            return f"{self.needs} is not installed: pip install 'gyrocompass[rewards]'"
+        return None
 
 
 REWARDS: dict[str, Registered] = {}
+SANDBOX = "sandbox"
 
 
 def zero_to_one(**_: Any) -> tuple[float, float]:
@@ -61,11 +74,14 @@ def zero_to_one(**_: Any) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def reward(limits: Callable[..., tuple[float, float]] = zero_to_one) -> Callable[[F], F]:
+def reward(
+    limits: Callable[..., tuple[float, float]] = zero_to_one, needs: str | None = None
+) -> Callable[[F], F]:
     """Register a function under its own name; it stays callable as it is.
 
     Args:
         limits: the range it states; takes the same parameters.
+        needs: a package of the extra `rewards`, or `SANDBOX`, without which it cannot be computed.
     """
 
     def register(function: F) -> F:
@@ -78,7 +94,7 @@ def reward(limits: Callable[..., tuple[float, float]] = zero_to_one) -> Callable
         }
         assert not {"weight", "name"} & set(fields), f"{name}: the keys weight and name belong to the entry"
         model = create_model(f"{name}_parameters", __base__=Config, **fields)
-        REWARDS[name] = Registered(name, function, model, limits)
+        REWARDS[name] = Registered(name, function, model, limits, needs)
         return function
 
     return register

@@ -1,4 +1,4 @@
-"""Rewards on the text itself: what it says, its form, its length, its repetition.
+"""Rewards on the text itself: what it says, how near the answer it is, its form, its length, its repetition.
 
 Each is in [0, 1]. `field` names the field of the record that a completion is compared with.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -102,7 +103,7 @@ def regex(
     return values
 
 
-@reward()
+@reward(needs="jsonschema")
 def json_schema(
     samples: Sequence[Sample],
     tools: Tools,
@@ -203,11 +204,48 @@ def distinct(samples: Sequence[Sample], tools: Tools, *, n: PositiveInt = 3) -> 
     return [distinct_share(sample.completion, n) for sample in samples]
 
 
+@reward()
+def overlap(
+    samples: Sequence[Sample], tools: Tools, *, field: str = "answer", n: PositiveInt = 1
+) -> list[float]:
+    """How much of the answer's wording a completion has, and how little else: F1 of their n-grams of words.
+
+        r = 2 |A and C| / (|A| + |C|),  A, C: the n-grams of answer and completion, as multisets
+
+    Words are runs of letters and digits, and single signs, so that it can be read on code. Two texts without
+    an n-gram are alike if they are equal.
+
+    Args:
+        samples: their records have the answer.
+        tools: not used.
+        field: where the answer stands.
+        n: words in an n-gram.
+
+    >>> overlap([Sample("", "return a + b", {"answer": "return b"})], Tools())
+    [0.6666666666666666]
+
+    Source: Rajpurkar et al. 2016, arXiv:1606.05250 (F1 of words).
+    """
+    return [_overlap(str(sample.needed(field, "overlap")), sample.completion, n) for sample in samples]
+
+
+def _overlap(answer: str, completion: str, n: int) -> float:
+    grams = [Counter(_grams(_WORD.findall(text), n)) for text in (answer, completion)]
+    total = sum(map(Counter.total, grams))
+    return 2 * (grams[0] & grams[1]).total() / total if total else float(answer == completion)
+
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+
+
 def distinct_share(text: str, n: int = 3) -> float:
     """Distinct n-grams of words over all of them; 1 where there are none.
 
     Source: J. Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models, 2016.
     """
-    words = text.split()
-    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    grams = _grams(text.split(), n)
     return len(set(grams)) / len(grams) if grams else 1.0

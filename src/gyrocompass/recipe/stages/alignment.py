@@ -4,6 +4,9 @@
                         reference, and by its scalar head if it has one
     prompts ----------> samples ---> each reward, length, share cut off, distance from the reference
 
+A reference is the zero of its own ratios: each of its pairs is a tie, so its share is one half. A model with
+a scalar head and without a reference is a reward model, and judged by that head alone.
+
 Every model of a recipe is judged on the same pairs, prompts and seeds, so that differences are paired.
 """
 
@@ -21,9 +24,21 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
+from gyrocompass.measure.alignment import (
+    ALIGNMENT,
+    BY_LOGPROB,
+    BY_RATIO,
+    BY_REWARD,
+    CUT_OFF,
+    DISTANCE,
+    PREFERRED,
+    Figure,
+    calibration,
+    right_share,
+)
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.rewards.registry import REWARDS
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import (
@@ -36,8 +51,9 @@ from gyrocompass.recipe.stage import (
 )
 from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
-from gyrocompass.train.answers import FloatArray, Prompt, as_sample, sample_row
+from gyrocompass.train.answers import FloatArray, Prompt
 from gyrocompass.train.config import PRECISIONS
+from gyrocompass.train.draw import draw, sums
 from gyrocompass.train.rollout import RolloutConfig
 
 SHOWN_SAMPLES = 3
@@ -47,6 +63,7 @@ class AlignmentStage(Stage):
     """Preferences and samples of one model, beside its reference."""
 
     kind: Literal["alignment"] = "alignment"
+    version: ClassVar[int] = 2
     makes: ClassVar[str] = "alignment"
     model: ModelName
     reference: OptionalModelName = None
@@ -60,6 +77,8 @@ class AlignmentStage(Stage):
     samples_per_prompt: int = Field(default=2, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     rewards: tuple[str | dict[str, Any], ...] = ()
+    optional_rewards: tuple[str | dict[str, Any], ...] = ()
+    """Measured too where what they need is here: ruff, bandit, a sandbox. What is left out is said."""
     sequence_length: int = Field(default=512, ge=2)
     rows_per_batch: int = Field(default=8, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
@@ -71,31 +90,43 @@ class AlignmentStage(Stage):
             raise ValueError("give pairs, prompts or both")
         if (self.prompts is None) != (not self.rewards):
             raise ValueError("prompts and rewards go together")
+        if self.optional_rewards and not self.rewards:
+            raise ValueError("optional_rewards go beside rewards")
         if self.rewards:
             try:
-                parse_rewards(self.rewards)
+                parse_rewards([*self.rewards, *self.optional_rewards])
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return self
 
+    def outside(self) -> Any:
+        """Which of the optional rewards this machine can compute."""
+        return self._possible_rewards()[1]
+
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes alignment.json: figures, a reward model's calibration, and some samples."""
         model = self._open(workplace, "model")
-        reference = self._open(workplace, "reference") if self.reference else None
-        found: dict[str, Any] = {"figures": [], "calibration": None, "samples": []}
+        reference = None
+        if self.reference is not None:
+            itself = workplace.input("reference") == workplace.input("model")
+            reference = model if itself else self._open(workplace, "reference")
+        found: dict[str, Any] = {"figures": [], "calibration": None, "samples": [], "left_out": {}}
         if self.pairs is not None:
             self._judge_pairs(workplace, model, reference, found)
         if self.prompts is not None:
             self._judge_samples(workplace, model, reference, found)
         sizes = {figure.name: figure.size for figure in found["figures"] if figure.slice == "total"}
-        pairs, samples = sizes.get("preferred by log-probability"), sizes.get("sample: tokens")
-        draft.counts |= {"pairs": pairs or 0, "samples": samples or 0}
+        pairs = max((size for name, size in sizes.items() if name.startswith(PREFERRED)), default=0)
+        draft.counts |= {"pairs": pairs, "samples": sizes.get("sample: tokens", 0)}
         found["figures"] = [figure._asdict() for figure in found["figures"]]
         (draft.path / ALIGNMENT).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     def _open(self, workplace: Workplace, role: str) -> nn.Module:
         dtype = PRECISIONS[self.precision]
         return open_model(workplace.input(role), dtype=dtype, device=workplace.world.device)
+
+    def _logprobs(self, model: nn.Module, data: TokenDataset) -> FloatArray:
+        return score_logprobs(model, self.sequence_length, self.rows_per_batch, data)
 
     # --- pairs ---
 
@@ -110,23 +141,24 @@ class AlignmentStage(Stage):
                 where=f"stages.{workplace.name}.pairs",
                 fix="give tokens of preferences",
             )
-        own_D = _sums(data, score_logprobs(model, self.sequence_length, self.rows_per_batch, data))
-        margins = {"preferred by log-probability": _margins(data, own_D)}
-        if reference is not None:
-            its_D = _sums(data, score_logprobs(reference, self.sequence_length, self.rows_per_batch, data))
-            if reference is not model and not np.array_equal(own_D, its_D):
-                margins["preferred by ratio to reference"] = _margins(data, own_D - its_D)
+        margins = {}
+        if reference is not None or not has_scalar_head(model):
+            own_N = self._logprobs(model, data)
+            margins[BY_LOGPROB] = _margins(data, sums(data, own_N))
+            if reference is not None:
+                its_N = own_N if reference is model else self._logprobs(reference, data)
+                margins[BY_RATIO] = _margins(data, sums(data, own_N - its_N))
         chosen_D = data.labels["side"] == 1
         groups = [group for group, chosen in zip(data.groups, chosen_D, strict=True) if chosen]
         if has_scalar_head(model):
             value_N = score_values(model, self.sequence_length, self.rows_per_batch, data)
             margin_P = _margins(data, value_N[data.offset_D[1:] - 1].astype(np.float64))
-            margins["preferred by reward model"] = margin_P
+            margins[BY_REWARD] = margin_P
             fitted = calibration(margin_P, groups)
             found["calibration"] = None if fitted is None else fitted._asdict()
         slices = [data.slice_names[number] for number in data.slice_D[chosen_D]]
         for name, margin_P in margins.items():
-            found["figures"] += by_slice(name, right_share(margin_P), slices, groups)
+            found["figures"] += by_slice(name, right_share(margin_P), slices, groups, is_share=True)
 
     # --- samples ---
 
@@ -136,47 +168,59 @@ class AlignmentStage(Stage):
         tokenizer = load_tokenizer(workplace.input("model"))
         longest = self.sequence_length + 1 - self.max_new_tokens
         prompts = read_prompts(workplace.input("prompts"), tokenizer, longest, self.prompt_slices)
-        asked = [p for p in prompts[: self.max_prompts] for _ in range(self.samples_per_prompt)]
-        config = RolloutConfig(max_new_tokens=self.max_new_tokens)
-        seeds = [self.seed * 1_000_003 + number for number in range(len(asked))]
-        sampled = engine(model, tokenizer, config, None)([prompt.ids for prompt in asked], seeds)
-        decode = decoder(tokenizer)
-        samples = [as_sample(p, one, decode) for p, one in zip(asked, sampled, strict=True)]
-        scored = parse_rewards(self.rewards).scored(samples)
-        values: dict[str, Sequence[float]] = {f"sample: {name}": v for name, v in scored.parts.items()}
+        generate = engine(model, tokenizer, RolloutConfig(max_new_tokens=self.max_new_tokens), None)
+        asked, samples, data = draw(
+            prompts[: self.max_prompts], self.samples_per_prompt, self.seed, generate, decoder(tokenizer)
+        )
+        entries, found["left_out"] = self._possible_rewards()
+        rewards = parse_rewards(entries)
+        values: dict[str, Sequence[float]] = {
+            f"sample: {name}": v for name, v in rewards.scored(samples).parts.items()
+        }
+        shares = {
+            f"sample: {part.reward.name}"
+            for part in rewards.parts
+            if 0 <= part.reward.low <= part.reward.high <= 1
+        }
         values["sample: tokens"] = [float(sample.n_tokens) for sample in samples]
-        values["sample: cut off"] = [float(not sample.finished) for sample in samples]
+        values[CUT_OFF] = [float(not sample.finished) for sample in samples]
         if reference is not None:
-            data = TokenDataset.of(
-                sample_row(f"{prompt.id}@{number}", prompt, one.token_ids)
-                for number, (prompt, one) in enumerate(zip(asked, sampled, strict=True))
-            )
-            own_N, its_N = (
-                score_logprobs(one, self.sequence_length, self.rows_per_batch, data)
-                for one in (model, reference)
-            )
-            distance_D = _sums(data, own_N - its_N)
-            values["sample: KL from reference, nats"] = distance_D.tolist()
+            own_N = self._logprobs(model, data)
+            its_N = own_N if reference is model else self._logprobs(reference, data)
+            values[DISTANCE] = sums(data, own_N - its_N).tolist()
         slices, groups = [prompt.slice for prompt in asked], [prompt.id for prompt in asked]
         for name, per_sample in values.items():
-            found["figures"] += by_slice(name, per_sample, slices, groups)
+            is_share = name in shares or name == CUT_OFF
+            found["figures"] += by_slice(name, per_sample, slices, groups, is_share=is_share)
         found["samples"] = _shown(asked, samples, self.samples_per_prompt)
 
+    def _possible_rewards(self) -> tuple[list[str | dict[str, Any]], dict[str, str]]:
+        """The rewards that can be computed here, and why others that may be missing cannot."""
+        entries, left_out = list(self.rewards), {}
+        for entry in self.optional_rewards:
+            reason = REWARDS[_reward_name(entry)].why_not()
+            if reason is None:
+                entries.append(entry)
+            else:
+                left_out[parse_rewards([entry]).parts[0].reward.name] = reason
+        return entries, left_out
 
-def by_slice(name: str, values: Any, slices: Sequence[str], groups: Sequence[str]) -> list[Figure]:
+
+def _reward_name(entry: str | dict[str, Any]) -> str:
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
+def by_slice(
+    name: str, values: Any, slices: Sequence[str], groups: Sequence[str], *, is_share: bool = False
+) -> list[Figure]:
     """A figure for each slice, and one for all."""
     values_P = np.asarray(values, np.float64)
     found = []
     for slice_name in sorted(set(slices)):
         own = [number for number, of in enumerate(slices) if of == slice_name]
-        found.append(Figure.of(name, slice_name, values_P[own], [groups[number] for number in own]))
-    return [*found, Figure.of(name, "total", values_P, groups)]
-
-
-def _sums(data: TokenDataset, values_N: FloatArray) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Sums over the counted tokens of each document."""
-    counted_N = np.where(data.weight_N > 0, values_N, 0).astype(np.float64)
-    return np.add.reduceat(counted_N, data.offset_D[:-1])
+        own_groups = [groups[number] for number in own]
+        found.append(Figure.of(name, slice_name, values_P[own], own_groups, is_share=is_share))
+    return [*found, Figure.of(name, "total", values_P, groups, is_share=is_share)]
 
 
 def _margins(data: TokenDataset, score_D: Any) -> Any:

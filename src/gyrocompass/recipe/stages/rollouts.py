@@ -53,10 +53,10 @@ def read_prompts(
         prompt, text, answer = asked
         ids = prompt_ids(tokenizer, prompt)
         if len(ids) <= longest:
-            name, labels = document.id, dict(document.labels)
-            prompts.append(
-                Prompt(name, document.slice, document.source, text, tuple(ids), {"answer": answer, **labels})
-            )
+            known = {"answer": answer, **document.labels}
+            if document.tests:
+                known["tests"] = list(document.tests)
+            prompts.append(Prompt(document.id, document.slice, document.source, text, tuple(ids), known))
     if not prompts:
         raise BadInput(
             f"no document here has a prompt of at most {longest} tokens"
