@@ -32,6 +32,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.benchmark_items import Benchmark, Index, Item, Postings, read_items
+from gyrocompass.data.curate.blocks import by_blocks
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, from_arrow, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
@@ -95,6 +96,9 @@ class Decontamination(RecordStep):
         Raises:
             BadInput: a benchmark cannot be read.
         """
+        return by_blocks(documents, self._annotate)
+
+    def _annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         words = WordRuns(Joined.of(documents))
         spans: list[list[Span]] = [[] for _ in words.joined.texts]
         for hit in self._hits(words):

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from gyrocompass.data.curate.blocks import by_blocks
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array
@@ -68,6 +69,9 @@ class Domain(RecordStep):
 
     def annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """`host`, `site`, `subject` and its `score`, the share of its terms; null where there is none."""
+        return by_blocks(documents, self._annotate)
+
+    def _annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         places = zip(
             documents.column("path").to_pylist(), documents.column("source").to_pylist(), strict=True
         )

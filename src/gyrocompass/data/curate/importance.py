@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.data.curate.blocks import by_blocks
 from gyrocompass.data.curate.content_file import ContentFile
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.step import RecordStep, register
@@ -53,6 +54,9 @@ class Importance(RecordStep):
         Raises:
             BadInput: a file cannot be read or has no words.
         """
+        return by_blocks(documents, self._annotate)
+
+    def _annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         row, bucket = features(Joined.of(documents), self.buckets)
         weight = np.bincount(row, _log_ratio(self)[bucket], documents.num_rows)
         n_features = np.bincount(row, minlength=documents.num_rows)

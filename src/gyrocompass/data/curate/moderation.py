@@ -26,6 +26,7 @@ from pydantic import Field, field_validator
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput, MissingDependency, did_you_mean
+from gyrocompass.data.curate.blocks import by_blocks
 from gyrocompass.data.curate.joined import Joined
 from gyrocompass.data.curate.spans import Span, by_document, to_arrow
 from gyrocompass.data.curate.step import RecordStep, register
@@ -112,6 +113,9 @@ class Moderation(RecordStep):
             BadInput: no scorer has that name.
             MissingDependency: the package of a list is not installed.
         """
+        return by_blocks(documents, self._annotate)
+
+    def _annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         joined = Joined.of(documents)
         words = WordRuns(joined)
         spans = by_document(joined, [span for name in self.lists for span in self._find(name, words)])

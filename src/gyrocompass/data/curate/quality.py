@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import did_you_mean
+from gyrocompass.data.curate.blocks import by_blocks
 from gyrocompass.data.curate.joined import Flags, Int64Array, Joined, is_any
 from gyrocompass.data.curate.rules import ANY_SLICE
 from gyrocompass.data.curate.step import RecordStep, register
@@ -121,6 +122,9 @@ class Quality(RecordStep):
 
     def annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """The figures, `broken` (names of rules) and `passes`."""
+        return by_blocks(documents, self._annotate)
+
+    def _annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         joined = Joined.of(documents)
         figures = measure(joined, documents.column("language").to_pylist())
         slices = documents.column("slice").to_pylist()

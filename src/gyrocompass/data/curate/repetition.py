@@ -21,10 +21,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import PositiveInt
 
+from gyrocompass.data.curate.blocks import by_blocks
 from gyrocompass.data.curate.joined import Flags, Int64Array, Joined
 from gyrocompass.data.curate.step import RecordStep, register
 from gyrocompass.data.curate.text_shape import Float64Array, TextShape, ratio
 from gyrocompass.data.curate.word_runs import Hashes, WordRuns, mix, prefix_hashes, range_hashes
+
+_BUCKET_BITS = 18
 
 
 @register
@@ -43,6 +46,9 @@ class Repetition(RecordStep):
 
     def annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         """The figures, as shares."""
+        return by_blocks(documents, self._annotate)
+
+    def _annotate(self, documents: pa.RecordBatch) -> pa.RecordBatch:
         joined = Joined.of(documents)
         figures = self._lines(joined)
         words = WordRuns(joined)
@@ -86,12 +92,27 @@ def _key(row: Int64Array, hashes: Hashes) -> Hashes:
     return mix(hashes ^ mix(row.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
 
 
+def _repeated(key: Hashes) -> tuple[Int64Array, Int64Array]:
+    """Where the keys that occur more than once stand, sorted by key, and where each key begins among them.
+
+    A count of keys by some of their bits leaves out nearly all that occur once, before anything is sorted.
+    """
+    bucket = key & np.uint64((1 << _BUCKET_BITS) - 1)
+    crowded = np.flatnonzero(np.bincount(bucket.view(np.int64), minlength=1 << _BUCKET_BITS)[bucket] > 1)
+    order = crowded[np.argsort(key[crowded])]
+    is_begin = np.ones(len(order), np.bool_)
+    is_begin[1:] = key[order[1:]] != key[order[:-1]]
+    is_single = is_begin & np.append(is_begin[1:], True)
+    return order[~is_single], np.flatnonzero(is_begin[~is_single])
+
+
 def _is_again(row: Int64Array, hashes: Hashes) -> Flags:
     """Whether each stood before in its document."""
-    key = _key(row, hashes)
-    order = np.argsort(key, kind="stable")
-    again = np.zeros(len(key), np.bool_)
-    again[order[1:]] = key[order[1:]] == key[order[:-1]]
+    again = np.zeros(len(hashes), np.bool_)
+    order, begins = _repeated(_key(row, hashes))
+    again[order] = True
+    if len(begins):
+        again[np.minimum.reduceat(order, begins)] = False
     return again
 
 
@@ -102,17 +123,13 @@ def _top(words: WordRuns, n: int) -> Float64Array:
     """
     first_G, hash_G = words.ngram_hashes(n)
     row_G = words.row_W[first_G]
-    key_G = _key(row_G, hash_G)
-    order = np.argsort(key_G, kind="stable")
-    begins = np.flatnonzero(np.diff(key_G[order], prepend=~key_G[order[:1]]) != 0) if len(order) else order
+    order, begins = _repeated(_key(row_G, hash_G))
     count = np.diff(np.append(begins, len(order)))
-    sums = np.concatenate([[0], np.cumsum(words.length_W)])
     one = order[begins]
+    sums = np.concatenate([[0], np.cumsum(words.length_W)])
     length = sums[first_G[one] + n] - sums[first_G[one]]
     best = np.zeros(len(words.joined.texts), np.int64)
-    rank = count * (1 << 32) + length
-    is_repeated = count > 1
-    np.maximum.at(best, row_G[one][is_repeated], rank[is_repeated])
+    np.maximum.at(best, row_G[one], count * (1 << 32) + length)
     return ((best >> 32) * (best & 0xFFFFFFFF)).astype(np.float64)
 
 

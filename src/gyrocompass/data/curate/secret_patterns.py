@@ -126,10 +126,11 @@ def assigned(joined: Joined) -> Iterator[Span]:
             match = _ASSIGNED.match(text, place + len(name))
             if match:
                 group = match.lastindex or 0
-                value = match[group]
-                least = 8 if group in (1, 3) else 12
-                if looks_drawn(value, least):
-                    yield Span(*match.span(group), "secret.assigned", LIKELY)
+                is_quoted = group in (1, 3)
+                value = match[group] if is_quoted else match[group].rstrip(".!?:")
+                if looks_drawn(value, 8 if is_quoted else 12):
+                    start = match.start(group)
+                    yield Span(start, start + len(value), "secret.assigned", LIKELY)
             place = lowered.find(name, place + len(name))
 
 
