@@ -15,6 +15,7 @@ from gyrocompass.measure.alignment import (
     expected_calibration_error,
     figures_from,
     fit_temperature,
+    fitting_half,
     paired_difference,
 )
 from gyrocompass.measure.intervals import ratio_estimate
@@ -85,6 +86,24 @@ def test_the_temperature_is_found_and_mends_the_error(temperature: float) -> Non
     assert found is not None and found.ece_after < 0.02
     if temperature != 1:
         assert found.ece_before > 0.05
+
+
+@given(st.integers(1, 200), st.floats(0.5, 20))
+@settings(deadline=None, max_examples=30)
+def test_pairs_that_are_all_right_do_not_drive_the_temperature_to_its_bound(size: int, margin: float) -> None:
+    """sigmoid(margin / tau) = (P + 1) / (P + 2), so tau = margin / log(P + 1)."""
+    assert fit_temperature(np.full(size, margin)) == pytest.approx(margin / np.log(size + 1), rel=1e-3)
+
+
+def test_a_temperature_that_was_saved_is_measured_on_the_other_half() -> None:
+    margin_P = margins(4.0, 2_000, 5)
+    groups = [str(number) for number in range(len(margin_P))]
+    fitted = calibration(margin_P, groups)
+    assert fitted is not None and calibration(margin_P, groups, fitted.temperature) == fitted
+    other = calibration(margin_P, groups, 1.0)
+    assert other is not None and other.temperature == 1.0 and other.ece_after == other.ece_before
+    fitting_P = fitting_half(groups)
+    assert fitted.pairs == len(margin_P) - fitting_P.sum() and 0.4 < fitting_P.mean() < 0.6
 
 
 def test_a_perfect_model_has_an_error_above_zero() -> None:

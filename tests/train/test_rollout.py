@@ -20,10 +20,10 @@ from tiny_run import ARCHITECTURE
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.measure.gaming import GamingConfig
 from gyrocompass.measure.reward import Part, Sample, WeightedSum
+from gyrocompass.model.columns import score_logprobs, score_tokens, score_values
 from gyrocompass.model.load import new_causal_lm
 from gyrocompass.model.sampler import Sampled, Sampling, sample
 from gyrocompass.model.scalar_head import attach_scalar_head
-from gyrocompass.recipe.stages.rollouts import score_logprobs, score_tokens, score_values
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.rollout import Prompt, RolloutConfig, RolloutSource

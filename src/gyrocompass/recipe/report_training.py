@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gyrocompass.core.store import Store
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.reward_model import RewardCalibration, load_calibration
 from gyrocompass.recipe.record import RunRecord, StageRecord
 from gyrocompass.train.metrics import read_metrics
 
@@ -91,6 +92,8 @@ class Training(NamedTuple):
     evaluations: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
     ledger: Ledger
+    calibration: RewardCalibration | None
+    """Of a reward model with held-out pairs."""
 
     @property
     def smoothed_steps(self) -> int:
@@ -207,6 +210,7 @@ def _training(stage: StageRecord, store: Store) -> Training:
         evaluations=read_metrics(artifact.path / "evaluations.jsonl"),
         incidents=read_metrics(artifact.path / "incidents.jsonl"),
         ledger=Ledger.load(artifact.path / "ledger.parquet"),
+        calibration=load_calibration(artifact.path),
     )
 
 

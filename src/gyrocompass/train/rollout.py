@@ -41,11 +41,10 @@ from gyrocompass.loss.advantages import (
     token_rewards,
 )
 from gyrocompass.measure.reward import Sample, WeightedSum
+from gyrocompass.model.columns import FloatArray
 from gyrocompass.model.sampler import Sampled
 from gyrocompass.train.distributed import World
 from gyrocompass.train.source import Window
-
-FloatArray = NDArray[np.float32]
 
 
 class Generate(Protocol):
@@ -347,6 +346,8 @@ def as_sample(prompt: Prompt, sampled: Sampled, decode: Callable[[Sequence[int]]
         reference=prompt.reference,
         n_tokens=len(sampled.token_ids),
         finished=sampled.finished,
+        prompt_ids=prompt.ids,
+        token_ids=sampled.token_ids,
     )
 
 

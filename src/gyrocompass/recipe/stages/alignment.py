@@ -18,31 +18,33 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gyrocompass.core.artifact import Draft
-from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.columns import FloatArray, score_logprobs, score_rewards
 from gyrocompass.model.fit import check_fit
+from gyrocompass.model.reward_model import load_calibration
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import (
     ModelName,
     OptionalDocumentsName,
     OptionalModelName,
     OptionalTokensName,
-    Stage,
     Workplace,
 )
+from gyrocompass.recipe.stages.judging import JudgingStage
 from gyrocompass.recipe.stages.model import open_model
-from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
+from gyrocompass.recipe.stages.pairs import groups_of, margins, open_pairs
+from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts
 from gyrocompass.train.config import PRECISIONS
-from gyrocompass.train.rollout import FloatArray, Prompt, RolloutConfig, as_sample, sample_row
+from gyrocompass.train.rollout import Prompt, RolloutConfig, as_sample, sample_row
 
 SHOWN_SAMPLES = 3
 
 
-class AlignmentStage(Stage):
+class AlignmentStage(JudgingStage):
     """Preferences and samples of one model, beside its reference."""
 
     kind: Literal["alignment"] = "alignment"
@@ -58,7 +60,6 @@ class AlignmentStage(Stage):
     max_prompts: int = Field(default=32, ge=2)
     samples_per_prompt: int = Field(default=2, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
-    rewards: tuple[str | dict[str, Any], ...] = ()
     sequence_length: int = Field(default=512, ge=2)
     rows_per_batch: int = Field(default=8, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
@@ -70,11 +71,7 @@ class AlignmentStage(Stage):
             raise ValueError("give pairs, prompts or both")
         if (self.prompts is None) != (not self.rewards):
             raise ValueError("prompts and rewards go together")
-        if self.rewards:
-            try:
-                parse_rewards(self.rewards)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+        self.check_rewards()
         return self
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
@@ -101,30 +98,23 @@ class AlignmentStage(Stage):
     def _judge_pairs(
         self, workplace: Workplace, model: nn.Module, reference: nn.Module | None, found: dict[str, Any]
     ) -> None:
-        data = TokenDataset.open(workplace.input("pairs"))
+        data = open_pairs(workplace.input("pairs"), f"stages.{workplace.name}.pairs")
         check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
-        if "side" not in data.labels or not np.isin(data.labels["side"], (0, 1)).all():
-            raise BadInput(
-                "these tokens are not pairs of a chosen and a rejected answer",
-                where=f"stages.{workplace.name}.pairs",
-                fix="give tokens of preferences",
-            )
         own_D = _sums(data, score_logprobs(model, self.sequence_length, self.rows_per_batch, data))
-        margins = {"preferred by log-probability": _margins(data, own_D)}
+        margins_of = {"preferred by log-probability": margins(data, own_D)}
         if reference is not None:
             its_D = _sums(data, score_logprobs(reference, self.sequence_length, self.rows_per_batch, data))
             if reference is not model and not np.array_equal(own_D, its_D):
-                margins["preferred by ratio to reference"] = _margins(data, own_D - its_D)
-        chosen_D = data.labels["side"] == 1
-        groups = [group for group, chosen in zip(data.groups, chosen_D, strict=True) if chosen]
+                margins_of["preferred by ratio to reference"] = margins(data, own_D - its_D)
+        groups = groups_of(data)
         if has_scalar_head(model):
-            value_N = score_values(model, self.sequence_length, self.rows_per_batch, data)
-            margin_P = _margins(data, value_N[data.offset_D[1:] - 1].astype(np.float64))
-            margins["preferred by reward model"] = margin_P
-            fitted = calibration(margin_P, groups)
-            found["calibration"] = None if fitted is None else fitted._asdict()
-        slices = [data.slice_names[number] for number in data.slice_D[chosen_D]]
-        for name, margin_P in margins.items():
+            margin_P = margins(data, score_rewards(model, self.sequence_length, self.rows_per_batch, data))
+            margins_of["preferred by reward model"] = margin_P
+            saved = load_calibration(workplace.input("model"))
+            measured = calibration(margin_P, groups, None if saved is None else saved.temperature)
+            found["calibration"] = None if measured is None else measured._asdict()
+        slices = [data.slice_names[number] for number in data.slice_D[data.labels["side"] == 1]]
+        for name, margin_P in margins_of.items():
             found["figures"] += by_slice(name, right_share(margin_P), slices, groups)
 
     # --- samples ---
@@ -141,7 +131,13 @@ class AlignmentStage(Stage):
         sampled = engine(model, tokenizer, config, None)([prompt.ids for prompt in asked], seeds)
         decode = decoder(tokenizer)
         samples = [as_sample(p, one, decode) for p, one in zip(asked, sampled, strict=True)]
-        scored = parse_rewards(self.rewards).scored(samples)
+        tools = self.tools(
+            workplace,
+            dtype=PRECISIONS[self.precision],
+            length=self.sequence_length,
+            rows=self.rows_per_batch,
+        )
+        scored = parse_rewards(self.rewards, tools).scored(samples)
         values: dict[str, Sequence[float]] = {f"sample: {name}": v for name, v in scored.parts.items()}
         values["sample: tokens"] = [float(sample.n_tokens) for sample in samples]
         values["sample: cut off"] = [float(not sample.finished) for sample in samples]
@@ -176,14 +172,6 @@ def _sums(data: TokenDataset, values_N: FloatArray) -> np.ndarray[Any, np.dtype[
     """Sums over the counted tokens of each document."""
     counted_N = np.where(data.weight_N > 0, values_N, 0).astype(np.float64)
     return np.add.reduceat(counted_N, data.offset_D[:-1])
-
-
-def _margins(data: TokenDataset, score_D: Any) -> Any:
-    """Of each pair, the score of the chosen side less that of the rejected one."""
-    side_D = data.labels["side"]
-    chosen_P, rejected_P = np.flatnonzero(side_D == 1), np.flatnonzero(side_D == 0)
-    assert np.array_equal(data.unit_D[chosen_P], data.unit_D[rejected_P]), "pairs stand side by side"
-    return score_D[chosen_P] - score_D[rejected_P]
 
 
 def _shown(asked: Sequence[Prompt], samples: Sequence[Sample], per_prompt: int) -> list[dict[str, str]]:
