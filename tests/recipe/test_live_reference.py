@@ -7,24 +7,27 @@ import math
 import shutil
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
 from test_alignment_stages import STAGES, changed, folder_of
+from test_verify import forked
 
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.model.load import load_causal_lm
+from gyrocompass.recipe import verify_resume
 from gyrocompass.recipe.plan import Done, execute
-from gyrocompass.recipe.recipe import load_recipe, recipe_from
+from gyrocompass.recipe.recipe import Recipe, load_recipe, recipe_from
 from gyrocompass.recipe.run import read_run, run_recipe
 from gyrocompass.recipe.stage import Stage
-from gyrocompass.recipe.verify import all_passed, verify_recipe
+from gyrocompass.recipe.verify import verify_recipe
+from gyrocompass.recipe.verify_checks import partition
 from gyrocompass.train.distributed import World
 from gyrocompass.train.metrics import read_metrics
 
@@ -40,37 +43,48 @@ LIVE: dict[str, Any] = {
     "followed": DPO | SOFT | {"reference": "fine_tuned"},
     "reinforced": STAGES["reinforced"]
     | LORA
-    | {"reference": None, "reference_without_lora": True, "model": "fine_tuned"},
+    | {"reference": None, "reference_without_lora": True, "model": "fine_tuned"}
+    | {"rewards": [{"regex": {"pattern": "(?s).*[a-m]"}}, "distinct"], "seed": 1},
 }
 
 
-def recipe_with(folder: Path, **stages: Any) -> dict[str, Any]:
-    """The tiny recipe up to its preferences, and these stages."""
-    recipe = changed(folder)
-    for name in STAGES:
-        if name not in NEEDED:
-            del recipe["stages"][name]
-    recipe["stages"] |= stages
-    return recipe
+class Made(NamedTuple):
+    """The tiny recipe up to its preferences, and a store in which it has run with the stages above."""
+
+    stages: dict[str, Any]
+    store: Path
+
+    def recipe(self, **more: Any) -> Recipe:
+        return recipe_from(
+            {"name": "tiny", "tracking": {"mlflow": None}, "stages": self.stages | more}, [], "test"
+        )
+
+    def run(self, folder: Path, **more: Any) -> dict[str, Done]:
+        """Some more stages, in a copy of the store."""
+        if not folder.exists():
+            shutil.copytree(self.store, folder)
+        stages: dict[str, Stage] = dict(self.recipe(**more).stages)
+        return {done.name: done for done in execute(stages, Store(folder), Progress(quiet=True), World())}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("live")
+    stages: dict[str, Any] = changed(folder)["stages"]
+    kept = {name: stage for name, stage in stages.items() if name not in STAGES or name in NEEDED}
+    return Made(kept, folder / "store")
+
+
+@pytest.fixture(scope="module")
+def finished(made: Made) -> Path:
     pytest.importorskip("peft")
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("live")
-    recipe = recipe_from(recipe_with(folder, **LIVE), [], "test")
-    run_recipe(recipe, Store(folder / "store"), Console(quiet=True))
-    return folder / "store"
+    run_recipe(made.recipe(**LIVE), Store(made.store), Console(quiet=True))
+    return made.store
 
 
 def objectives(store: Path, stage: str) -> list[dict[str, float]]:
     return [row["objective"] for row in read_metrics(folder_of(Store(store), stage) / "metrics.jsonl")]
-
-
-def run(recipe: dict[str, Any], store: Store) -> dict[str, Done]:
-    stages: dict[str, Stage] = dict(recipe_from(recipe, [], "test").stages)
-    return {done.name: done for done in execute(stages, store, Progress(quiet=True), World())}
 
 
 def test_asked_while_training_it_says_what_stands_in_the_column(finished: Path) -> None:
@@ -108,50 +122,50 @@ def test_a_reference_is_a_parent(finished: Path) -> None:
     assert parents["reference"] == ids["fine_tuned"]
 
 
-def test_a_folder_is_a_reference_too(finished: Path, tmp_path: Path) -> None:
+def test_a_folder_is_a_reference_too(made: Made, finished: Path, tmp_path: Path) -> None:
     """Outside the recipe; where it is an artifact, lineage goes through it."""
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
-    own = folder_of(store, "fine_tuned")
-    outside = {"reference_folder": str(own)}
-    done = run(recipe_with(tmp_path / "more", outside=DPO | outside), store)["outside"].artifact
+    own = Path(shutil.copytree(folder_of(Store(finished), "fine_tuned"), tmp_path / "model"))
+    outside = DPO | {"reference_folder": str(own)}
+    done = made.run(tmp_path / "store", outside=outside)["outside"].artifact
     rows = [row["objective"] for row in read_metrics(done.path / "metrics.jsonl")]
     for ours, theirs in zip(rows, objectives(finished, "live"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
-    assert done.manifest.parents["reference"] == own.name
-    assert own.name in str(walk(store, done.id).artifact)
-    before = recipe_from(recipe_with(tmp_path / "same", outside=DPO | outside), [], "test")
-    key = before.stages["outside"].key({})
+    ids = {stage.name: stage.artifact for stage in read_run(Store(finished), "tiny").stages}
+    assert done.manifest.parents["reference"] == ids["fine_tuned"]
+    assert ids["fine_tuned"] in str(walk(Store(tmp_path / "store"), done.id).artifact)
+    before = made.recipe(outside=outside).stages["outside"]
+    key = before.key({})
     (own / "config.json").touch()
-    assert before.stages["outside"].key({}) != key
-    missing = recipe_with(tmp_path / "missing", outside=DPO | {"reference_folder": str(tmp_path / "no")})
+    assert before.key({}) != key
     with pytest.raises(BadInput, match="there is no such model folder"):
-        run(missing, store)
+        made.run(tmp_path / "store", outside=DPO | {"reference_folder": str(tmp_path / "no")})
 
 
-def test_a_reference_of_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ({"documents": "train_pairs", "vocabulary_size": 300}, "tokens have another number"),
+        ({"documents": "train_documents", "vocabulary_size": 280}, "280 tokens of vocabulary"),
+    ],
+)
+def test_a_reference_of_another_vocabulary_is_refused(
+    tokenizer: dict[str, Any], message: str, made: Made, finished: Path, tmp_path: Path
+) -> None:
     """As many tokens, but others: the numbers would be nonsense without any error."""
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
     other = {
-        "other_tokenizer": {"kind": "tokenizer", "documents": "train_pairs", "vocabulary_size": 300},
-        "other": changed(tmp_path / "x")["stages"]["untrained"] | {"tokenizer": "other_tokenizer"},
-        "smaller_tokenizer": {"kind": "tokenizer", "documents": "train_documents", "vocabulary_size": 280},
-        "smaller": changed(tmp_path / "y")["stages"]["untrained"] | {"tokenizer": "smaller_tokenizer"},
+        "other_tokenizer": {"kind": "tokenizer"} | tokenizer,
+        "other": made.stages["untrained"] | {"tokenizer": "other_tokenizer"},
     }
-    said = {"other": "tokens have another number", "smaller": "280 tokens of vocabulary"}
-    for name, message in said.items():
-        recipe = recipe_with(tmp_path / name, **other, wrong=DPO | {"reference": name})
-        with pytest.raises(BadInput, match=message) as raised:
-            run(recipe, store)
-        assert raised.value.where == "stages.wrong.reference" and raised.value.exit_code == 2
+    with pytest.raises(BadInput, match=message) as raised:
+        made.run(tmp_path / "store", **other, wrong=DPO | {"reference": "other"})
+    assert raised.value.where == "stages.wrong.reference" and raised.value.exit_code == 2
 
 
-def test_a_reference_of_too_short_a_context_is_refused(finished: Path, tmp_path: Path) -> None:
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
-    short: dict[str, Any] = changed(tmp_path / "x")["stages"]["untrained"]
-    short["config"] |= {"max_position_embeddings": 64}
-    recipe = recipe_with(tmp_path / "short", short=short, wrong=DPO | {"reference": "short"})
+def test_a_reference_of_too_short_a_context_is_refused(made: Made, finished: Path, tmp_path: Path) -> None:
+    config = made.stages["untrained"]["config"] | {"max_position_embeddings": 64}
+    short = made.stages["untrained"] | {"config": config}
     with pytest.raises(BadInput, match="context is 64 tokens"):
-        run(recipe, store)
+        made.run(tmp_path / "store", short=short, wrong=DPO | {"reference": "short"})
 
 
 MISTAKES: list[tuple[dict[str, Any], str, str]] = [
@@ -180,9 +194,12 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("stage", "at", "message"), MISTAKES, ids=lambda part: str(part)[:20])
-def test_mistakes_have_their_line(stage: dict[str, Any], at: str, message: str, tmp_path: Path) -> None:
+def test_mistakes_have_their_line(
+    stage: dict[str, Any], at: str, message: str, made: Made, tmp_path: Path
+) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text(yaml.safe_dump(recipe_with(tmp_path / "d", wrong=stage), sort_keys=False))
+    wrong = {"name": "wrong", "stages": made.stages | {"wrong": stage}}
+    path.write_text(yaml.safe_dump(wrong, sort_keys=False))
     with pytest.raises(ConfigError) as raised:
         load_recipe(str(path))
     lines = path.read_text().splitlines()
@@ -190,21 +207,25 @@ def test_mistakes_have_their_line(stage: dict[str, Any], at: str, message: str, 
     assert message in str(raised.value) and f"{path}:{last}: stages.wrong" in str(raised.value)
 
 
-def test_a_column_behind_a_teacher_is_found_too(tmp_path: Path) -> None:
+def test_a_column_behind_a_teacher_is_found_too(made: Made) -> None:
     taught = {"kind": "teacher_top_k", "data": "reference", "teacher": "fine_tuned", "k": 2}
-    wrong = recipe_with(tmp_path, taught=taught, wrong=DPO | {"data": "taught", "reference": "fine_tuned"})
     with pytest.raises(ConfigError, match="from reference: train on preference_tokens"):
-        recipe_from(wrong, [], "test")
+        made.recipe(taught=taught, wrong=DPO | {"data": "taught", "reference": "fine_tuned"})
 
 
-def test_live_references_are_verified(finished: Path, tmp_path: Path) -> None:
+def test_live_references_are_verified(
+    made: Made, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`gyro verify` asks them as training will; a killed run goes on with the reference that it had."""
+    monkeypatch.setattr(verify_resume, "_run", forked("nothing", tmp_path / "said"))
     store = Store(shutil.copytree(finished, tmp_path / "store"))
+    needed = {name: stage for name, stage in made.stages.items() if name not in ("preferring", "reference")}
     stages = {name: LIVE[name] for name in ("lora_off", "followed")}
-    recipe = recipe_from(recipe_with(tmp_path / "verified", **stages), [], "test")
-    rows = verify_recipe(recipe, store, Console(file=StringIO()))
+    recipe = made._replace(stages=needed).recipe(**stages)
+    checks = {"partition": partition, "kill and resume": verify_resume.resume}
+    rows = verify_recipe(recipe, store, Console(file=StringIO()), checks)
     about = [row for row in rows if row.stage in stages]
-    assert len(about) >= 12 and all_passed(about), [row for row in about if row.finding.passed is False]
+    assert len(about) == 4 and all(row.finding.passed for row in about), about
 
 
 def test_the_policy_itself_is_what_is_saved(finished: Path) -> None:

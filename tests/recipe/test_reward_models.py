@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -47,7 +47,8 @@ REWARD = {"reward_model": {"model": "judge", "low": -50.0, "high": 50.0}}
 JUDGED_ROLLOUTS = STAGES["reinforced"] | {
     "model": "fine_tuned",
     "rewards": ["parses", REWARD],
-    "watch": {"gold": [REWARD | {}], "prompts": 3, "samples_per_prompt": 2},
+    "watch": {"gold": [REWARD], "prompts": 3, "samples_per_prompt": 2},
+    "optimizer": {"learning_rate": 0.05, "schedule": {"shape": "constant"}},
 }
 ADDED: dict[str, Any] = {
     "judge": JUDGE,
@@ -57,6 +58,12 @@ ADDED: dict[str, Any] = {
     | {"model": "judge", "prompt_slices": None},
     "align_judged": JUDGED | {"model": "judged", "rewards": [REWARD]},
 }
+
+
+def by(**changes: Any) -> list[dict[str, Any]]:
+    return [{"reward_model": REWARD["reward_model"] | changes}]
+
+
 NEEDED = (
     "held_out_pairs",
     "train_preferences",
@@ -66,31 +73,39 @@ NEEDED = (
 )
 
 
-def recipe_with(folder: Path, **stages: Any) -> dict[str, Any]:
-    """The tiny recipe up to its preferences, and these stages."""
-    recipe = changed(folder)
-    for name in STAGES:
-        if name not in NEEDED:
-            del recipe["stages"][name]
-    recipe["stages"] |= stages
-    return recipe
+class Made(NamedTuple):
+    """The tiny recipe with the stages above, and a store in which it has run."""
+
+    stages: dict[str, Any]
+    store: Path
+
+    def recipe(self, **more: Any) -> Recipe:
+        return recipe_from(
+            {"name": "tiny", "tracking": {"mlflow": None}, "stages": self.stages | more}, [], "test"
+        )
+
+    def run(self, folder: Path, progress: Progress | None = None, **more: Any) -> dict[str, Done]:
+        """Some more stages, in a copy of the store."""
+        if not folder.exists():
+            shutil.copytree(self.store, folder)
+        stages: dict[str, Stage] = dict(self.recipe(**more).stages)
+        progress = progress or Progress(quiet=True)
+        return {done.name: done for done in execute(stages, Store(folder), progress, World())}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("judged")
-    run_recipe(recipe(folder), Store(folder / "store"), Console(quiet=True))
-    return folder / "store"
+    stages: dict[str, Any] = changed(folder)["stages"]
+    kept = {name: stage for name, stage in stages.items() if name not in STAGES or name in NEEDED}
+    return Made(kept | ADDED, folder / "store")
 
 
-def recipe(folder: Path, **stages: Any) -> Recipe:
-    return recipe_from(recipe_with(folder, **ADDED, **stages), [], "test")
-
-
-def run(recipe: Recipe, store: Store, progress: Progress | None = None) -> dict[str, Done]:
-    stages: dict[str, Stage] = dict(recipe.stages)
-    return {done.name: done for done in execute(stages, store, progress or Progress(quiet=True), World())}
+@pytest.fixture(scope="module")
+def finished(made: Made) -> Path:
+    torch.set_num_threads(1)
+    run_recipe(made.recipe(), Store(made.store), Console(quiet=True))
+    return made.store
 
 
 def judge_of(store: Path) -> RewardModel:
@@ -118,13 +133,15 @@ def test_a_reward_model_is_saved_with_what_held_out_pairs_say_of_it(finished: Pa
     assert saved.ece_after == pytest.approx(expected_calibration_error(other_P / saved.temperature), abs=1e-4)
 
 
-def test_its_file_has_a_hash_and_goes_where_the_model_goes(finished: Path, tmp_path: Path) -> None:
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
+def test_its_file_has_a_hash_and_goes_where_the_model_goes(
+    made: Made, finished: Path, tmp_path: Path
+) -> None:
+    store = Store(finished)
     folder = folder_of(store, "judge")
     assert FILE in read_artifact(folder).manifest.files
     assert load_calibration(folder_of(store, "uncalibrated")) is None
-    copied = recipe_with(tmp_path / "d", copied={"kind": "imported_model", "folder": str(folder)})
-    copy = run(recipe_from(copied, [], "test"), store)["copied"].artifact.path
+    copied = {"kind": "imported_model", "folder": str(folder)}
+    copy = made.run(tmp_path / "store", copied=copied)["copied"].artifact.path
     assert load_calibration(copy) == load_calibration(folder) is not None
 
 
@@ -164,7 +181,7 @@ def test_rollouts_are_rewarded_by_it(finished: Path) -> None:
     assert "sample: reward_model" in {figure["name"] for figure in figures}
 
 
-def test_a_sample_is_read_as_pairs_are(finished: Path, tmp_path: Path) -> None:
+def test_a_sample_is_read_as_pairs_are(made: Made, finished: Path, tmp_path: Path) -> None:
     """Token in, token out: an answer of the held-out pairs has the reward that it has as a sample."""
     store = Store(finished)
     data, judge = held_out(finished), judge_of(finished)
@@ -177,7 +194,7 @@ def test_a_sample_is_read_as_pairs_are(finished: Path, tmp_path: Path) -> None:
         role: store.open(next(s.artifact for s in read_run(store, "tiny").stages if s.name == name))
         for role, name in {"model": "fine_tuned", "rewards.1.reward_model.model": "judge"}.items()
     }
-    stage = recipe(tmp_path).stages["judged"].model_copy(update={"watch": None})
+    stage = made.recipe().stages["judged"].model_copy(update={"watch": None})
     workplace = Workplace("judged", artifacts, tmp_path, store, Progress(quiet=True), World())
     tools = stage.tools(workplace, dtype=torch.float32, length=LENGTH, rows=3)  # type: ignore[union-attr]
     expected_D = score_rewards(judge.model, LENGTH, 8, data) / judge.temperature
@@ -188,7 +205,9 @@ def test_a_sample_is_read_as_pairs_are(finished: Path, tmp_path: Path) -> None:
     assert tuple(samples[0].prompt_ids) in {prompt.ids for prompt in prompts}
 
 
-def test_it_is_a_parent_by_its_content_and_its_name_is_not_in_the_key(finished: Path, tmp_path: Path) -> None:
+def test_it_is_a_parent_by_its_content_and_its_name_is_not_in_the_key(
+    made: Made, finished: Path, tmp_path: Path
+) -> None:
     store = Store(finished)
     ids = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
     manifest = store.open(ids["judged"]).manifest
@@ -196,19 +215,18 @@ def test_it_is_a_parent_by_its_content_and_its_name_is_not_in_the_key(finished: 
     assert {role for role, parent in manifest.parents.items() if parent == ids["judge"]} == roles
     assert manifest.recipe["rewards"] == ["parses", {"reward_model": {"low": -50.0, "high": 50.0}}]
     assert ids["preference_tokens"] in str(walk(store, ids["judged"]).artifact)
-    renamed = json.loads(json.dumps(recipe_with(tmp_path, **ADDED)).replace('"judge"', '"critic"'))
-    done = run(recipe_from(renamed, [], "test"), Store(shutil.copytree(finished, tmp_path / "store")))
-    assert all(one.reused for one in done.values())
+    renamed = json.loads(json.dumps(made.stages).replace('"judge"', '"critic"'))
+    done = made._replace(stages=renamed).run(tmp_path / "store")
+    assert "critic" in done and all(one.reused for one in done.values())
 
 
-def test_an_interrupted_run_goes_on_with_the_same_rewards(finished: Path, tmp_path: Path) -> None:
-    """Killed in the middle of the judged rollouts, in a store where all before is done."""
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
-    longer = recipe(tmp_path / "d", longer=JUDGED_ROLLOUTS | {"steps": 4, "checkpoint_every_steps": 2})
-    whole = run(longer, Store(shutil.copytree(finished, tmp_path / "whole")))["longer"].artifact
+def test_an_interrupted_run_goes_on_with_the_same_rewards(made: Made, finished: Path, tmp_path: Path) -> None:
+    """Stopped in the middle of the judged rollouts, in a store where all before is done."""
+    longer = JUDGED_ROLLOUTS | {"steps": 4, "checkpoint_every_steps": 2}
+    whole = made.run(tmp_path / "whole", longer=longer)["longer"].artifact
     with pytest.raises(Interrupted):
-        run(longer, store, InterruptedAt(3))
-    done = run(longer, store)["longer"]
+        made.run(tmp_path / "stopped", InterruptedAt(3), longer=longer)
+    done = made.run(tmp_path / "stopped", longer=longer)["longer"]
     assert not done.reused and done.artifact.id == whole.id
     rows = [
         [[row["loss"], row["rollout"]] for row in read_metrics(path / "metrics.jsonl")]
@@ -217,30 +235,50 @@ def test_an_interrupted_run_goes_on_with_the_same_rewards(finished: Path, tmp_pa
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
-def test_a_reward_outside_its_range_ends_the_run_unless_clipped(finished: Path, tmp_path: Path) -> None:
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
-    narrow = {"model": "judge", "low": 49.0, "high": 50.0}
-    stage = JUDGED_ROLLOUTS | {"rewards": [{"reward_model": narrow}], "watch": None, "watch_prompts": None}
+UNWATCHED = JUDGED_ROLLOUTS | {"watch": None, "watch_prompts": None, "evaluate_every_steps": None}
+
+
+def test_a_reward_outside_its_range_ends_the_run_unless_clipped(
+    made: Made, finished: Path, tmp_path: Path
+) -> None:
+    stage = UNWATCHED | {"rewards": by(low=49.0, high=50.0), "steps": 1}
     with pytest.raises(GyroError, match=r"the reward reward_model is .* outside its range \[49\.0, 50\.0\]"):
-        run(recipe(tmp_path / "narrow", narrow=stage), store)
-    stage |= {"rewards": [{"reward_model": narrow | {"clip": True}}], "steps": 1}
-    done = run(recipe(tmp_path / "clipped", clipped=stage), store)["clipped"].artifact
+        made.run(tmp_path / "store", narrow=stage)
+    stage |= {"rewards": by(low=49.0, high=50.0, clip=True)}
+    done = made.run(tmp_path / "store", clipped=stage)["clipped"].artifact
     assert read_metrics(done.path / "metrics.jsonl")[0]["rollout"]["reward"] == 49.0
 
 
-def test_a_judge_of_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
+def test_a_judge_of_another_vocabulary_is_refused(made: Made, finished: Path, tmp_path: Path) -> None:
     others = {
         "other_tokenizer": {"kind": "tokenizer", "documents": "train_pairs", "vocabulary_size": 300},
         "other_tokens": STAGES["preference_tokens"] | {"tokenizer": "other_tokenizer"},
-        "other": changed(tmp_path / "x")["stages"]["untrained"] | {"tokenizer": "other_tokenizer"},
+        "other": made.stages["untrained"] | {"tokenizer": "other_tokenizer"},
         "other_judge": STAGES["reward_model"] | {"model": "other", "data": "other_tokens", "steps": 1},
     }
-    rewards = [{"reward_model": REWARD["reward_model"] | {"model": "other_judge"}}]
-    wrong = JUDGED_ROLLOUTS | {"rewards": rewards, "watch": None, "watch_prompts": None}
+    wrong = UNWATCHED | {"rewards": by(model="other_judge")}
     with pytest.raises(BadInput, match="tokenizer is not that of the one that is trained") as raised:
-        run(recipe(tmp_path / "wrong", **others, wrong=wrong), store)
+        made.run(tmp_path / "store", **others, wrong=wrong)
     assert raised.value.where == "stages.wrong.rewards.0.reward_model.model"
+
+
+def test_a_model_that_is_no_reward_model_is_refused_where_the_recipe_cannot_tell(
+    made: Made, finished: Path, tmp_path: Path
+) -> None:
+    """The folder has a head when the recipe is read, and none when the stage begins."""
+    folder = Path(shutil.copytree(folder_of(Store(finished), "judge"), tmp_path / "model"))
+    for name in ("manifest.json", FILE):
+        (folder / name).unlink()
+    stages = {
+        "headless": {"kind": "imported_model", "folder": str(folder)},
+        "wrong": UNWATCHED | {"rewards": by(model="headless")},
+    }
+    recipe = made.recipe(**stages)
+    (folder / "scalar_head.safetensors").unlink()
+    store = Store(shutil.copytree(finished, tmp_path / "store"))
+    known: dict[str, Stage] = dict(recipe.stages)
+    with pytest.raises(BadInput, match="this model has no scalar head, so it is no reward model"):
+        list(execute(known, store, Progress(quiet=True), World()))
 
 
 def test_too_few_pairs_are_refused_before_training(finished: Path) -> None:
@@ -248,10 +286,6 @@ def test_too_few_pairs_are_refused_before_training(finished: Path) -> None:
     chosen = [row._replace(group="one") for row in data.rows()]
     with pytest.raises(BadInput, match="held-out pairs are too few to fit"):
         check_halves(TokenDataset.of(chosen), "here")
-
-
-def by(**changes: Any) -> list[dict[str, Any]]:
-    return [{"reward_model": REWARD["reward_model"] | changes}]
 
 
 def judged_with(model: str) -> dict[str, Any]:
@@ -281,14 +315,17 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
         "rewards.0.reward_model.modle",
         "unknown key; did you mean model?",
     ),
-    (judged_with("wrong"), "", "stages wait for each other"),
+    (judged_with("wrong") | {"scalar_head": True}, "", "stages wait for each other"),
 ]
 
 
 @pytest.mark.parametrize(("stage", "key", "message"), MISTAKES, ids=lambda part: str(part)[:30])
-def test_mistakes_have_their_line(stage: dict[str, Any], key: str, message: str, tmp_path: Path) -> None:
+def test_mistakes_have_their_line(
+    stage: dict[str, Any], key: str, message: str, made: Made, tmp_path: Path
+) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text(yaml.safe_dump(recipe_with(tmp_path / "d", **ADDED, wrong=stage), sort_keys=False))
+    wrong = {"name": "wrong", "stages": made.stages | {"wrong": stage}}
+    path.write_text(yaml.safe_dump(wrong, sort_keys=False))
     with pytest.raises(ConfigError) as raised:
         read = load_recipe(str(path))
         list(execute(dict(read.stages), Store(tmp_path / "store"), Progress(quiet=True), World()))
@@ -300,12 +337,12 @@ def test_mistakes_have_their_line(stage: dict[str, Any], key: str, message: str,
         assert any(f"{path}:{number}: stages.wrong" in str(raised.value) for number in found)
 
 
-def test_held_out_pairs_are_for_reward_models(tmp_path: Path) -> None:
+def test_held_out_pairs_are_for_reward_models(made: Made) -> None:
     with pytest.raises(ConfigError, match="held_out_pairs are for reward models: set `scalar_head: true`"):
-        recipe(tmp_path, wrong=JUDGE | {"scalar_head": False, "objective": ["nll"]})
+        made.recipe(wrong=JUDGE | {"scalar_head": False, "objective": ["nll"]})
 
 
-def test_a_damaged_calibration_is_named(finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_calibration_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"temperature": -1}')
     with pytest.raises(BadInput, match="the reward model's calibration cannot be read"):
         load_calibration(tmp_path)
