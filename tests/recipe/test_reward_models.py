@@ -24,8 +24,9 @@ from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import calibration, expected_calibration_error, fitting_half
 from gyrocompass.measure.reward import Sample
+from gyrocompass.measure.reward_calibration import FILE, load_calibration
 from gyrocompass.model.columns import score_rewards
-from gyrocompass.model.reward_model import FILE, RewardModel, load_calibration
+from gyrocompass.model.reward_model import RewardModel
 from gyrocompass.recipe.plan import Done, execute
 from gyrocompass.recipe.recipe import Recipe, load_recipe, recipe_from
 from gyrocompass.recipe.report_training import trainings

@@ -9,7 +9,7 @@ from typing import Any
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
-from gyrocompass.model.reward_model import copy_calibration
+from gyrocompass.measure.reward_calibration import copy_calibration
 from gyrocompass.recipe.recipe import Recipe, recipe_from
 from gyrocompass.recipe.run import read_run
 from gyrocompass.recipe.stages.model import copy_model, folder_context

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gyrocompass.core.store import Store
 from gyrocompass.measure.ledger import Ledger
-from gyrocompass.model.reward_model import RewardCalibration, load_calibration
+from gyrocompass.measure.reward_calibration import RewardCalibration, load_calibration
 from gyrocompass.recipe.record import RunRecord, StageRecord
 from gyrocompass.train.metrics import read_metrics
 

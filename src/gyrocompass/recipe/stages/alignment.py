@@ -22,10 +22,10 @@ from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import ALIGNMENT, Figure, calibration, right_share
 from gyrocompass.measure.reward import Sample
+from gyrocompass.measure.reward_calibration import load_calibration
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.columns import FloatArray, score_logprobs, score_rewards
 from gyrocompass.model.fit import check_fit
-from gyrocompass.model.reward_model import load_calibration
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import (
     ModelName,

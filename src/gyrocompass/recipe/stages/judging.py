@@ -24,11 +24,12 @@ from torch import nn
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.measure.reward import Sample
+from gyrocompass.measure.reward_calibration import load_calibration
 from gyrocompass.measure.rewards.entries import parse_rewards, reward_models
 from gyrocompass.measure.rewards.registry import Scorer, Tools
 from gyrocompass.model.fit import check_context
 from gyrocompass.model.head import context_length
-from gyrocompass.model.reward_model import RewardModel, load_calibration
+from gyrocompass.model.reward_model import RewardModel
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import Stage, Workplace
 from gyrocompass.recipe.stages.model import check_same_vocabulary, open_model

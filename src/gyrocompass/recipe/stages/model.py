@@ -13,10 +13,10 @@ from torch import nn
 from gyrocompass.core.artifact import MANIFEST, Artifact, Draft, read_artifact
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.measure.reward_calibration import copy_calibration
 from gyrocompass.model.gguf import convert_gguf, package_file
 from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
 from gyrocompass.model.lora import load_adapter, merged
-from gyrocompass.model.reward_model import copy_calibration
 from gyrocompass.recipe.stage import Stage, TokenizerName, Workplace
 
 ADAPTER = "adapter"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import Figure, calibration, fitting_half, right_share
-from gyrocompass.model.reward_model import RewardCalibration
+from gyrocompass.measure.reward_calibration import RewardCalibration
 
 Float64Array = NDArray[np.float64]
 

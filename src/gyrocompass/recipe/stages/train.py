@@ -27,6 +27,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.measure.reward_calibration import save_calibration
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.model.columns import score_rewards
 from gyrocompass.model.fit import check_context, check_fit
@@ -34,7 +35,6 @@ from gyrocompass.model.future_heads import attach_future_heads, save_future_head
 from gyrocompass.model.head import context_length
 from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
-from gyrocompass.model.reward_model import save_calibration
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
 from gyrocompass.model.upstream import UpstreamConfig
