@@ -22,7 +22,7 @@ from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.measure.alignment import calibration, expected_calibration_error, fitting_half
+from gyrocompass.measure.alignment import calibration, expected_calibration_error, places
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.reward_calibration import FILE, load_calibration
 from gyrocompass.model.columns import score_rewards
@@ -128,7 +128,7 @@ def test_a_reward_model_is_saved_with_what_held_out_pairs_say_of_it(finished: Pa
     expected = calibration(margin_P, groups_of(data))
     assert expected is not None
     assert saved.temperature == pytest.approx(expected.temperature, rel=1e-4)
-    other_P = margin_P[~fitting_half(groups_of(data))]
+    other_P = margin_P[places(groups_of(data)) >= saved.split]
     assert saved.calibration_pairs == len(other_P) < len(margin_P)
     assert saved.ece_before == pytest.approx(expected_calibration_error(other_P), abs=1e-4)
     assert saved.ece_after == pytest.approx(expected_calibration_error(other_P / saved.temperature), abs=1e-4)
@@ -285,7 +285,7 @@ def test_a_model_that_is_no_reward_model_is_refused_where_the_recipe_cannot_tell
 def test_too_few_pairs_are_refused_before_training(finished: Path) -> None:
     data = held_out(finished)
     chosen = [row._replace(group="one") for row in data.rows()]
-    with pytest.raises(BadInput, match="held-out pairs are too few to fit"):
+    with pytest.raises(BadInput, match="held-out pairs are of 1 document"):
         check_halves(TokenDataset.of(chosen), "here")
 
 

@@ -14,8 +14,8 @@ max(p, 1 - p), and B = 10 bins of equal width on [1/2, 1],
     ECE = sum_b n_b / n * |right share of b - mean confidence of b|
 
 It is above 0 for a perfect model too, the more so the fewer pairs. The temperature is fitted on one half of
-the groups and the error measured on the other; the hash of a group says which, so that a temperature fitted
-earlier on some of the same groups is not measured on those.
+the groups and the error measured on the other. A group's place is its hash, and the halves are what is before
+and behind a place: with that place, a temperature that was fitted earlier is not measured on the same groups.
 
 Sources: Guo et al. 2017, arXiv:1706.04599 (temperature, ECE); Platt 1999, "Probabilistic outputs for support
 vector machines" (targets short of 1).
@@ -99,7 +99,10 @@ class Calibration(NamedTuple):
 
 
 def calibration(
-    margin_P: ArrayLike, groups: Sequence[str], temperature: float | None = None
+    margin_P: ArrayLike,
+    groups: Sequence[str],
+    temperature: float | None = None,
+    split: float | None = None,
 ) -> Calibration | None:
     """Fit a temperature on half of the groups and measure on the other; None where a half is empty.
 
@@ -107,20 +110,37 @@ def calibration(
         margin_P: the chosen side's reward less that of the rejected one.
         groups: of each pair.
         temperature: one that was fitted before, to be measured instead.
+        split: the place of the first group to measure on; None: in the middle of these.
     """
     margin_P = np.asarray(margin_P, np.float64)
-    fitted_P = fitting_half(groups)
-    if fitted_P.all() or not (fitted_P.any() or temperature is not None):
+    measured_P = places(groups) >= (middle(groups) if split is None else split)
+    if not measured_P.any() or (temperature is None and measured_P.all()):
         return None
     if temperature is None:
-        temperature = fit_temperature(margin_P[fitted_P])
-    measured_P = margin_P[~fitted_P]
+        temperature = fit_temperature(margin_P[~measured_P])
+    other_P = margin_P[measured_P]
     return Calibration(
         temperature,
-        expected_calibration_error(measured_P),
-        expected_calibration_error(measured_P / temperature),
-        len(measured_P),
+        expected_calibration_error(other_P),
+        expected_calibration_error(other_P / temperature),
+        len(other_P),
     )
+
+
+def places(groups: Sequence[str]) -> FloatArray:
+    """Where the group of each pair stands, [P], from 0 to 1: by its hash, so always at the same place."""
+    digests = (hashlib.sha256(group.encode()).digest()[:8] for group in groups)
+    return np.array([int.from_bytes(digest) / 2.0**64 for digest in digests], np.float64)
+
+
+def middle(groups: Sequence[str]) -> float:
+    """The place that has half of the groups before it; with a single one, none.
+
+    >>> places(["a", "b", "c"]).round(2).tolist(), round(middle(["a", "b", "b", "c"]), 2)
+    ([0.79, 0.24, 0.18], 0.24)
+    """
+    place_G = np.unique(places(groups))
+    return float(place_G[len(place_G) // 2])
 
 
 def fit_temperature(margin_P: FloatArray) -> float:
@@ -162,8 +182,3 @@ def figures_from(rows: Sequence[dict[str, Any]]) -> list[Figure]:
     return [
         Figure(**{**row, "by_group": {g: (s, n) for g, (s, n) in row["by_group"].items()}}) for row in rows
     ]
-
-
-def fitting_half(groups: Sequence[str]) -> NDArray[np.bool_]:
-    """For each pair, whether its group is in the half that a temperature is fitted on, [P]."""
-    return np.array([hashlib.sha256(group.encode()).digest()[0] % 2 == 0 for group in groups], bool)

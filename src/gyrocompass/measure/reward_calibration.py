@@ -25,6 +25,8 @@ class RewardCalibration(Config):
 
     temperature: PositiveFloat
     """What its numbers are divided by; fitted on half of the pairs' groups."""
+    split: float = Field(ge=0, le=1)
+    """Where the other half of the groups begins, as `alignment.places` places them."""
     ece_before: float = Field(ge=0, le=1)
     """Expected calibration error of the head's own numbers, on the other half."""
     ece_after: float = Field(ge=0, le=1)

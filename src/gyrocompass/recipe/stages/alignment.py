@@ -111,7 +111,8 @@ class AlignmentStage(JudgingStage):
             margin_P = margins(data, score_rewards(model, self.sequence_length, self.rows_per_batch, data))
             margins_of["preferred by reward model"] = margin_P
             saved = load_calibration(workplace.input("model"))
-            measured = calibration(margin_P, groups, None if saved is None else saved.temperature)
+            fitted = (None, None) if saved is None else (saved.temperature, saved.split)
+            measured = calibration(margin_P, groups, *fitted)
             found["calibration"] = None if measured is None else measured._asdict()
         slices = [data.slice_names[number] for number in data.slice_D[data.labels["side"] == 1]]
         for name, margin_P in margins_of.items():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.measure.alignment import Figure, calibration, fitting_half, right_share
+from gyrocompass.measure.alignment import Figure, calibration, middle, right_share
 from gyrocompass.measure.reward_calibration import RewardCalibration
 
 Float64Array = NDArray[np.float64]
@@ -51,15 +51,15 @@ def check_halves(data: TokenDataset, where: str) -> None:
     """Refuse pairs that a temperature cannot both be fitted and measured on, before any training.
 
     Raises:
-        BadInput: all of their groups are in one half.
+        BadInput: they are of one group.
     """
-    fitting_P = fitting_half(groups_of(data))
-    if fitting_P.all() or not fitting_P.any():
+    groups = set(groups_of(data))
+    if len(groups) < 2:
         raise BadInput(
-            f"{len(fitting_P)} held-out pairs are too few to fit a temperature on one half of their groups "
-            "and to measure it on the other",
+            f"the held-out pairs are of {len(groups)} document: a temperature is fitted on those of one half "
+            "of the documents and measured on the other",
             where=where,
-            fix="hold out more pairs",
+            fix="hold out pairs of more documents, or leave held_out_pairs out",
         )
 
 
@@ -74,6 +74,7 @@ def calibrated(data: TokenDataset, reward_D: Float64Array) -> RewardCalibration:
     right = Figure.of("right", "total", right_share(margin_P), groups)
     return RewardCalibration(
         temperature=found.temperature,
+        split=middle(groups),
         ece_before=found.ece_before,
         ece_after=found.ece_after,
         calibration_pairs=found.pairs,
