@@ -107,9 +107,8 @@ def test_a_temperature_that_was_saved_is_measured_on_the_other_half() -> None:
     for some in (range(500), np.flatnonzero(behind_P)):
         found = calibration(margin_P[some], [groups[n] for n in some], fitted.temperature, split)
         assert found is not None and found.pairs == behind_P[some].sum()
-        assert found.ece_after == expected_calibration_error(
-            margin_P[some][behind_P[some]] / fitted.temperature
-        )
+        own_P = margin_P[some][behind_P[some]]
+        assert found.ece_after == expected_calibration_error(own_P / fitted.temperature)
     before = np.flatnonzero(~behind_P)
     assert calibration(margin_P[before], [groups[n] for n in before], fitted.temperature, split) is None
 
