@@ -84,6 +84,8 @@ class Contender(NamedTuple):
         """Why it cannot take part, or None."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return "not installed"
+        if self.loss_T is torch_chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return f"torch {torch.__version__} does not have it"
         return "needs a GPU" if self.needs_gpu and device != "cuda" else None
 
 

@@ -7,7 +7,9 @@
 Read the beginning of `loss.py` first: what is measured, the floor, the rounds and the columns are the same.
 One process does for all, because the allocator tells the peak of each repetition, and its memory belongs
 to nobody else. A first repetition, in which kernels are compiled and tuned, is not timed; its memory is not
-taken either. Times are between two events on the GPU.
+taken either. Times are between two events on the GPU; the products of a floor follow each other between
+two events, as a loss's do, because a GPU at its limit of power is faster for a product alone. The chunked
+backend, which is for CPUs, is in the first round alone.
 
 The peers that are packages: `pip install liger-kernel trl`, and cut-cross-entropy from its repository, as the
 release is old. Who is not installed or does not run has a row that says so.
@@ -24,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from loss_contenders import Contender, Head, floor_laps, floor_seconds, gpu_peers, ours, prefers_three
+from loss_contenders import Contender, Head, floor_laps, gpu_peers, ours, prefers_three
 from loss_errors import Errors, errors
 from loss_tables import MIB, Result, cells, machine, markdown, terminal
 from rich.console import Console
@@ -112,26 +114,35 @@ def measure(bench: Bench, rounds: int, console: Console) -> tuple[list[Result], 
         )
         for name, contender in everybody.items()
     ]
-    three, four = ([floor_seconds(laps)[index] for laps in floor] for index in (0, 1))
+    three, four = ([seconds[index] for seconds in floor] for index in (0, 1))
     return results, Result("floor: z, dh, dw", three), Result("floor: z, z, dh, dw", four)
 
 
 def _rounds(
     bench: Bench, laps: dict[str, list[Lap]], rounds: int, console: Console
 ) -> tuple[dict[str, list[float]], list[list[float]]]:
-    """Seconds of everybody, and laps of the floor, taking turns. The floor's outputs live all along."""
+    """Seconds of everybody, and of three products and of four, taking turns.
+
+    The floor's outputs live all along.
+    """
     products = floor_laps(bench.inputs)()
-    bench.repetition(products)
+    three, four = (lambda: _each(products[:3])), (lambda: _each(products))
+    bench.repetition([three, four])
     times: dict[str, list[float]] = {name: [] for name in laps}
     floor = []
     for number in range(rounds):
         console.log(f"round {number + 1} of {rounds}")
-        floor.append(bench.repetition(products))
-        start = number % max(1, len(laps))
-        names = list(laps)
+        floor.append(bench.repetition([three, four]))
+        names = [name for name in laps if number == 0 or not name.startswith("chunked")]
+        start = number % max(1, len(names))
         for name in names[start:] + names[:start]:
             times[name] += bench.repetition(laps[name])
     return times, floor
+
+
+def _each(laps: list[Lap]) -> None:
+    for lap in laps:
+        lap()
 
 
 def _free(bench: Bench) -> None:

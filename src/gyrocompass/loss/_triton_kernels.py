@@ -366,8 +366,8 @@ def add_dw_kernel(
     """dw += dz^T h in 20 of a float32's bits: 16 are the bf16 gradient itself, 4 lie beside it.
 
     A tile has two halves of HALF columns; a byte beside it has the 4 bits of a column of either. The last
-    addition rounds to bf16 instead. Loads are masked, not clamped, or they would not be known to be contiguous
-    (25 times as long, as seen).
+    addition rounds to bf16 instead. Loads are masked, not clamped, or they would not be known to be
+    contiguous (seen to take five times as long).
     """
     width_of_tile: tl.constexpr = 2 * HALF
     part, block = _tile(tl.program_id(0), n_columns, WIDTH, BLOCK_K, width_of_tile)

@@ -9,8 +9,10 @@ hold beyond inputs and gradients is a packed copy of h, float32 sums of dh and d
 tokens of the vocabulary (or the kept logits): nothing of size N x V, no copy of the head. Results do not
 depend on the number of threads.
 
-`fused` keeps float32 logits of a block of rows from one pass to the other, for float32 and for a frozen head;
-else it is the two passes one after the other. float16 and mixtures of dtypes are left to the chunked backend.
+`fused` keeps float32 logits of a block of rows from one pass to the other, where that takes less time than
+making them twice; else it is the two passes one after the other. A gradient of a bf16 head is then a sum over
+blocks, in 24 bits: those of the gradient, and 8 beside them until the last block (each addition rounds to
+2^-16 relative). float16 and mixtures of dtypes are left to the chunked backend.
 
 The C++ beside this file: `lanes.h` (elementary functions), `matrix.h` (products and layouts), `logits.h`
 (tiles), `sums.h` and `gradients.h` (the passes), `native.cpp` (the operators). `_build.py` compiles it.
@@ -21,6 +23,7 @@ P picks, K tokens of a top list, S parts of the vocabulary, F statistics.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -81,7 +84,7 @@ class NativeBackend:
         """The pass back."""
         if len(logits.h_ND) == 0:
             return _no_gradients(logits, needs)
-        return _gradients_of(logits, needs, _gradient_parts(logits, picks, slopes, needs, None, []))
+        return _gradients_of(logits, needs, _gradient_parts(logits, picks, slopes, needs, None, [])[:5])
 
     def fused(
         self, logits: Logits, picks: Picks, asks: Asks, slopes_of: SlopesOf, needs: Needs
@@ -104,12 +107,13 @@ class NativeBackend:
             own_picks = Picks(picks.row_P[own] - rows.start, picks.token_P[own])
             answers.append(_sums(block, own_picks, _asks_of(asks, rows), kept))
             slopes = slopes_of(rows, answers[-1], own)
-            shared = [parts[1], parts[3], parts[4]] if parts else []
-            parts = _gradient_parts(block, own_picks, slopes, needs, kept, shared)
+            shared = [parts[1], parts[3], *parts[4:]] if parts else []
+            last = rows.stop == n_rows
+            parts = _gradient_parts(block, own_picks, slopes, needs, kept, shared, last=last)
             for whole, part in ((dh_ND, parts[0]), (da_NR, parts[2])):
                 if whole is not None:
                     whole[rows] = part[:, : whole.shape[1]]
-        return _joined(answers), _gradients_of(logits, needs, [dh_ND, parts[1], da_NR, *parts[3:]])
+        return _joined(answers), _gradients_of(logits, needs, [dh_ND, parts[1], da_NR, *parts[3:5]])
 
     def prefers_fused(self, logits: Logits, needs: Needs) -> bool:
         """Where blocks of logits can be kept that are large enough to pay for reading the head for each."""
@@ -119,16 +123,23 @@ class NativeBackend:
 def _rows_to_keep(logits: Logits, needs: Needs) -> int:
     """How many rows' logits are kept at once; 0 where two passes are as fast.
 
-    Gradients of a bf16 head would need float32 sums of the head's size, and bf16 products are so fast that
-    making logits once more costs less than keeping them.
+    Where a bf16 head has a gradient, each block adds to it: matrix units are so fast that making logits once
+    more costs less.
     """
-    n_rows, narrow = len(logits.h_ND), logits.h_ND.dtype == torch.bfloat16
-    if narrow and (needs.w or (needs.low_rank and logits.b_VR is not None)):
-        return 0
-    most = _KEPT_BYTES // (4 * len(logits.w_VD)) // 32 * 32
+    n_rows, room = len(logits.h_ND), _KEPT_BYTES
+    if logits.h_ND.dtype == torch.bfloat16 and (needs.w or (needs.low_rank and logits.b_VR is not None)):
+        if _has_matrix_units():
+            return 0
+        room = max(room, logits.w_VD.nbytes // 2)
+    most = room // (4 * len(logits.w_VD)) // 32 * 32
     if most < min(n_rows, _FEWEST_ROWS):
         return 0
     return math.ceil(n_rows / math.ceil(max(n_rows, 1) / most))
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _blocks(n_rows: int, each: int) -> Iterator[slice]:
@@ -181,12 +192,20 @@ def _sums(logits: Logits, picks: Picks, asks: Asks, kept: Tensor | None) -> Sums
 
 
 def _gradient_parts(
-    logits: Logits, picks: Picks, slopes: Slopes, needs: Needs, kept: Tensor | None, shared: list[Tensor]
+    logits: Logits,
+    picks: Picks,
+    slopes: Slopes,
+    needs: Needs,
+    kept: Tensor | None,
+    shared: list[Tensor],
+    *,
+    last: bool = True,
 ) -> list[Tensor]:
     """The operator's pass back over kept logits, if any, adding to `shared` if that is not empty.
 
     Returns:
-        dh, dw, da, db, dbias: empty where they are not needed.
+        dh, dw, da, db, dbias, and the lower bits of dw and db unless this is the `last` pass: empty where
+        they are not needed.
     """
     parts: list[Tensor] = _operators().gradients(
         *_given(logits),
@@ -199,6 +218,7 @@ def _gradient_parts(
         needs.w,
         needs.bias and logits.bias_V is not None,
         needs.low_rank and logits.a_NR is not None,
+        last,
     )
     return parts
 

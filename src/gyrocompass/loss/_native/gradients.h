@@ -6,8 +6,9 @@
 //     dh [R, S] += dz [R, range] w [range, S]          dw [M, S] = dz^T [M, N] h [N, S]
 //
 // dh is added up over ranges in float32; a row of dw is finished within its range and written once.
-// Logits that the forward pass kept are turned into gradients where they are; then there are several passes, each over
-// some of the tokens, and gradients of the right factors and the bias are added to what the last one left.
+// Logits may have been kept by the forward pass; then there are several passes, each over some of the tokens, and
+// gradients of the right factors and the bias are added to what the last one left: float32 ones where they are, bf16
+// ones with 8 more bits beside them, until the last pass rounds them.
 //
 // Shape legend: N tokens, V vocabulary; a block is R tokens, a strip is S columns of a factor, M rows of a range.
 
@@ -29,9 +30,9 @@ struct Needs {
   bool left, right;
 };
 
-// Gradients that tokens before these have added to: of the right factors, and of the bias.
+// Gradients that tokens before these have added to: of the right factors, their lower bits, and of the bias.
 struct SoFar {
-  std::vector<Tensor> right;
+  std::vector<Tensor> right, lower;
   Tensor bias;
 };
 
@@ -39,8 +40,14 @@ template <typename T>
 class GradientsPass {
  public:
   GradientsPass(const Logits<T>& logits, const Picks& picks, const Slopes& slopes, const std::vector<Needs>& needs,
-                bool needs_bias, const std::optional<SoFar>& so_far)
-      : logits_(logits), picks_(picks), slopes_(slopes), cut_(logits.cut), needs_bias_(needs_bias), adds_(so_far.has_value()) {
+                bool needs_bias, const std::optional<SoFar>& so_far, bool last)
+      : logits_(logits),
+        picks_(picks),
+        slopes_(slopes),
+        cut_(logits.cut),
+        needs_bias_(needs_bias),
+        adds_(so_far.has_value()),
+        last_(last) {
     range_tiles_ = std::max<int64_t>(1, kRangeBytes / (cut_.padded_tokens() * 2 * sizeof(T)) / cut_.tile_size);
     range_tiles_ = std::min(range_tiles_, parts(std::min(kRangeRows, cut_.vocabulary), cut_.tile_size));
     range_size_ = range_tiles_ * cut_.tile_size;
@@ -48,22 +55,22 @@ class GradientsPass {
     const auto wide = narrow.dtype(at::kFloat);
     for (size_t i = 0; i < needs.size(); ++i) {
       products_.emplace_back(logits.factors[i], needs[i], *this, narrow, wide);
-      if (so_far) products_.back().dright = so_far->right[i];
+      if (so_far) products_.back().dright = so_far->right[i], products_.back().lower = so_far->lower[i];
     }
     for (const auto& product : products_) any_left_ |= product.needs.left, any_right_ |= product.needs.right;
     // A little more than needed between rows, so that they do not share places in the cache.
     across_stride_ = range_size_ + 2 * kLanes;
     down_stride_ = cut_.padded_tokens() + 64 / static_cast<int64_t>(sizeof(T));
     if (any_left_) across_.emplace(cut_.padded_tokens() * across_stride_);
-    TORCH_CHECK(!logits.keeps() || !any_right_ || kWide, "kept logits take no gradient of a bf16 head");
-    if (any_right_ && !logits.keeps()) down_.emplace(range_size_ * down_stride_);
+    if (any_right_ && !(kWide && logits.keeps())) down_.emplace(range_size_ * down_stride_);
     if (needs_bias) {
       dbias_ = so_far ? so_far->bias : at::empty({cut_.vocabulary}, wide);
       block_dbias_ = at::empty({cut_.n_blocks, range_size_}, wide);
     }
   }
 
-  // Gradients of left and right factors, then those of a low-rank addition, then of the bias; empty if not needed.
+  // Gradients of left and right factors, then those of a low-rank addition, then of the bias; then the lower bits of
+  // those of the right factors. Empty if not needed.
   std::vector<Tensor> run() {
     for (int64_t first = 0; first < cut_.n_tiles; first += range_tiles_) {
       const Range range = range_from(first);
@@ -75,6 +82,8 @@ class GradientsPass {
     for (auto& product : products_) out.push_back(product.finished_left()), out.push_back(product.dright);
     out.resize(4);
     out.push_back(dbias_);
+    for (const auto& product : products_) out.push_back(product.lower);
+    out.resize(7);
     for (auto& tensor : out) {
       if (!tensor.defined()) tensor = at::empty({0});
     }
@@ -101,6 +110,7 @@ class GradientsPass {
     Needs needs;
     Tensor dleft;  // [padded N, width] float32
     Tensor dright;  // [V, width]
+    Tensor lower;  // [V, width] uint8: bits of dright below those of bf16, while there are more passes to come
     std::optional<Scratch<T>> packed_right;  // of the range: by strip, [range / g, S, g]
     int64_t left_strip, right_strip;  // columns of a strip
     int64_t tokens;
@@ -116,7 +126,10 @@ class GradientsPass {
         dleft = at::zeros({pass.cut_.padded_tokens(), factors.width}, wide);
         packed_right.emplace(round_up(factors.width, left_strip) * pass.range_size_);
       }
-      if (needs.right && !pass.adds_) dright = at::empty({pass.cut_.vocabulary, factors.width}, narrow);
+      if (needs.right && !pass.adds_) {
+        dright = at::empty({pass.cut_.vocabulary, factors.width}, narrow);
+        if (!kWide && !pass.last_) lower = at::empty(dright.sizes(), narrow.dtype(at::kByte));
+      }
     }
 
     Tensor finished_left() const {
@@ -321,10 +334,22 @@ class GradientsPass {
       pack_rows(factors.left + token * factors.left_stride + task.column, factors.left_stride,
                 std::clamp<int64_t>(cut_.tokens - token, 0, depth), depth, columns, packed);
       multiply(task.rows, columns, depth, dz + task.row * stride + token, stride, packed, sum, sum_stride,
-               adds_ || token > 0);
+               (kWide && adds_) || token > 0);
     }
-    if (kWide) return;
-    for (int64_t row = 0; row < task.rows; ++row) store_row(sum + row * columns, columns, out + row * factors.width);
+    if constexpr (!kWide) {
+      const Tensor& lower = task.product->lower;
+      uint8_t* below = lower.defined() && lower.numel() > 0
+                           ? lower.data_ptr<uint8_t>() + (range.first + task.row) * factors.width + task.column
+                           : nullptr;
+      for (int64_t row = 0; row < task.rows; ++row) {
+        const int64_t at = row * factors.width;
+        if (below == nullptr) {
+          store_row(sum + row * columns, columns, out + at);
+        } else {
+          carry_row(sum + row * columns, columns, out + at, below + at, adds_, last_);
+        }
+      }
+    }
   }
 
   void add_up_bias(const Range& range) {
@@ -340,7 +365,7 @@ class GradientsPass {
   const Picks& picks_;
   const Slopes& slopes_;
   const Cut& cut_;
-  bool needs_bias_, adds_, any_left_ = false, any_right_ = false;
+  bool needs_bias_, adds_, last_, any_left_ = false, any_right_ = false;
   int64_t range_tiles_, range_size_, across_stride_, down_stride_;
   std::vector<Product> products_;
   std::optional<Scratch<T>> across_, down_;  // dz of a range in T: [padded N, range] and [range, padded N]

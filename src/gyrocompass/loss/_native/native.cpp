@@ -1,8 +1,10 @@
 // The native CPU backend's operators: the two passes of `_question.py`'s contract over bf16 or float32 logits.
 //
 // `sums` answers partial sums by part of the vocabulary; `gradients` answers the gradients of the factors and the bias,
-// in the order dh, dw, da, db, dbias. With `kept`, `sums` leaves the logits there and `gradients` takes them from there;
-// with `so_far` (dw, db, dbias), it adds to gradients. Tensors come checked and contiguous along their last axis from `__init__.py`; bias and what is by token are float32.
+// in the order dh, dw, da, db, dbias, and the lower bits of dw and db. With `kept`, `sums` leaves the logits there and
+// `gradients` takes them from there; with `so_far` (dw, db, dbias, lower bits), it adds to gradients, and rounds them if
+// it is the `last` to do so. Tensors come checked and contiguous along their last axis from `__init__.py`; bias and what
+// is by token are float32.
 
 #include <torch/library.h>
 
@@ -66,7 +68,7 @@ std::vector<Tensor> gradients(const Tensor& h, const Tensor& w, const MaybeTenso
                               const Tensor& pick_token, const std::vector<Tensor>& so_far, const Tensor& top,
                               const Tensor& slope_a, const MaybeTensor& slope_b, const MaybeTensor& slope_c,
                               const MaybeTensor& slope_d, const Tensor& slope_pick, bool needs_h, bool needs_w,
-                              bool needs_bias, bool needs_low_rank) {
+                              bool needs_bias, bool needs_low_rank, bool last) {
   const Given given{h, w, bias, a, b, floor, Rule(softcap, scale, temperature), kept};
   return by_dtype(given, [&](auto zero) {
     const auto logits = given.logits<decltype(zero)>();
@@ -80,9 +82,9 @@ std::vector<Tensor> gradients(const Tensor& h, const Tensor& w, const MaybeTenso
     std::vector<Needs> needs{{needs_h, needs_w}};
     if (a) needs.push_back({needs_low_rank, needs_low_rank});
     std::optional<SoFar> before;
-    if (!so_far.empty()) before = SoFar{{so_far.begin(), so_far.end() - 1}, so_far.back()};
+    if (!so_far.empty()) before = SoFar{{so_far[0], so_far[1]}, {so_far[3], so_far[4]}, so_far[2]};
     const Picks picks(pick_row, pick_token, cut);
-    return GradientsPass(logits, picks, slopes, needs, needs_bias, before).run();
+    return GradientsPass(logits, picks, slopes, needs, needs_bias, before, last).run();
   });
 }
 
