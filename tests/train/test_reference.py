@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -126,6 +127,26 @@ def test_it_has_no_dropout_and_no_say_in_the_random_state() -> None:
     first, second = (reference.annotated(batch).columns[REFERENCE] for _ in range(2))
     assert torch.equal(first.nan_to_num(), second.nan_to_num())
     assert torch.equal(torch.get_rng_state(), before) and reference.model.training
+
+
+def test_what_a_batch_knows_already_is_not_asked_again() -> None:
+    """As in a window that has rollouts, which have asked before, beside data, which has not."""
+    settings_ = config()
+    window = PackedSource(pairs(), settings_.sampler()).next(0)
+    assert window is not None
+    batch, reference = to_batch(window.packed), tiny_reference(settings_)
+    asked_T = reference.annotated(batch).columns[REFERENCE]
+    counted_T = batch.weight_T > 0
+    known_T = torch.where(batch.unit_T % 2 == 0, -7.0, torch.nan)
+    mixed = dataclasses.replace(batch, columns={**batch.columns, REFERENCE: known_T})
+    found_T = reference.annotated(mixed).columns[REFERENCE]
+    own_T = counted_T & (batch.unit_T % 2 == 0)
+    assert own_T.any() and (found_T[own_T] == -7.0).all()
+    other_T = counted_T & ~own_T
+    assert other_T.any() and torch.equal(found_T[other_T], asked_T[other_T])
+    assert found_T[~counted_T].isnan().all()
+    whole = dataclasses.replace(batch, columns={**batch.columns, REFERENCE: asked_T})
+    assert reference.annotated(whole) is whole
 
 
 READS_A_REFERENCE: list[dict[str, Any]] = [

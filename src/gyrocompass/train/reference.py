@@ -89,10 +89,19 @@ class LiveReference:
         self.weights = {} if update is None else _wide_weights(model)
 
     def annotated(self, batch: Batch, *, autocast: bool = False) -> Batch:
-        """The batch with what the reference says of its targets, NaN where nothing is counted."""
+        """The batch with what the reference says of its targets, NaN where nothing is counted.
+
+        What the batch knows already stays: rollouts have asked this reference before. It is not asked where
+        nothing is missing.
+        """
+        counted_T = batch.weight_T > 0
+        known_T = batch.columns.get(REFERENCE, torch.full_like(batch.weight_T, torch.nan))
+        if not (counted_T & known_T.isnan()).any():
+            return batch
         with self._asked(), precision(batch.token_T.device, autocast):
             logprob_T = log_probs(self.model, batch, want=()).logprob_T
-        logprob_T = logprob_T.masked_fill(batch.weight_T <= 0, torch.nan)
+        logprob_T = torch.where(known_T.isnan(), logprob_T, known_T.to(logprob_T.dtype))
+        logprob_T = logprob_T.masked_fill(~counted_T, torch.nan)
         return replace(batch, columns={**batch.columns, REFERENCE: logprob_T})
 
     def column(self, length: int, rows: int, dataset: TokenDataset, *, autocast: bool = False) -> FloatArray:

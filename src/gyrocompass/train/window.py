@@ -38,7 +38,6 @@ import torch
 from torch import Tensor, nn
 
 from gyrocompass.core.errors import BadInput
-from gyrocompass.data.curriculum import REFERENCE
 from gyrocompass.loss.objective import Composite
 from gyrocompass.loss.reduce import Normaliser, Tally, normalise
 from gyrocompass.loss.signal import Batch, Expect, TokenLogProbs
@@ -91,13 +90,13 @@ def window_gradients(
         weights: of the objectives, by name; None: those of the first step.
         step: the optimizer step, counted from 0; scheduled sampling depends on it.
         teacher: what objectives of distillation learn from.
-        reference: what objectives measure distances from, unless the window brings its column.
+        reference: what objectives measure distances from, where the window does not bring it.
         slice_weights: what the token weights of each slice are multiplied by, all above 0; none: by 1.
         measure_norms: whether to measure each objective's gradient norm.
     """
     main.clear_gradients()
     batches = [_reweighted(b, window, slice_weights or {}) for b in _micro_batches(window, config, world)]
-    if reference is not None and REFERENCE not in window.packed.columns:
+    if reference is not None:
         autocast = config.precision == "bf16_autocast"
         batches = [reference.annotated(batch, autocast=autocast) for batch in batches]
     objective = objective.on_slices(window.data.slice_names)
