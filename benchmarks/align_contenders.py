@@ -30,8 +30,8 @@ from torch import Tensor
 from gyrocompass.data.curriculum import REFERENCE
 from gyrocompass.data.pack import assemble, bundle, cut
 from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.model.columns import score_logprobs
 from gyrocompass.model.load import load_causal_lm
-from gyrocompass.model.score import evaluating, scored_tokens
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.loop import train
 from gyrocompass.train.source import PackedSource, Window
@@ -149,11 +149,7 @@ def _rows(task: Task) -> list[TokenRow]:
 
 def _with_reference(model: torch.nn.Module, data: TokenDataset, length: int) -> TokenDataset:
     """The column `reference_logprob`, as the stage of kind reference writes it."""
-    logprob_N = np.full(data.n_tokens, np.nan, np.float32)
-    with evaluating(model):
-        for part in scored_tokens(model, data, length, 8):
-            logprob_N[part.index_K] = part.logprob_K
-    return data.with_column(REFERENCE, logprob_N)
+    return data.with_column(REFERENCE, score_logprobs(model, length, 8, data))
 
 
 def _last_row(path: Path) -> Said:

@@ -15,7 +15,9 @@ from gyrocompass.measure.alignment import (
     expected_calibration_error,
     figures_from,
     fit_temperature,
+    middle,
     paired_difference,
+    places,
 )
 from gyrocompass.measure.intervals import ratio_estimate
 
@@ -94,6 +96,37 @@ def test_the_temperature_is_found_and_mends_the_error(temperature: float) -> Non
     assert found is not None and found.ece_after < 0.02
     if temperature != 1:
         assert found.ece_before > 0.05
+
+
+@given(st.integers(1, 200), st.floats(0.5, 20))
+@settings(deadline=None, max_examples=30)
+def test_pairs_that_are_all_right_do_not_drive_the_temperature_to_its_bound(size: int, margin: float) -> None:
+    """sigmoid(margin / tau) = (P + 1) / (P + 2), so tau = margin / log(P + 1)."""
+    assert fit_temperature(np.full(size, margin)) == pytest.approx(margin / np.log(size + 1), rel=1e-3)
+
+
+def test_a_temperature_that_was_saved_is_measured_on_the_other_half() -> None:
+    margin_P = margins(4.0, 2_000, 5)
+    groups = [str(number) for number in range(len(margin_P))]
+    fitted, split = calibration(margin_P, groups), middle(groups)
+    assert fitted is not None and fitted.pairs == 1_000
+    assert calibration(margin_P, groups, fitted.temperature, split) == fitted
+    # Of other pairs, those that stand before the split may have been fitted on: they are left out.
+    behind_P = places(groups) >= split
+    for some in (range(500), np.flatnonzero(behind_P)):
+        found = calibration(margin_P[some], [groups[n] for n in some], fitted.temperature, split)
+        assert found is not None and found.pairs == behind_P[some].sum()
+        own_P = margin_P[some][behind_P[some]]
+        assert found.ece_after == expected_calibration_error(own_P / fitted.temperature)
+    before = np.flatnonzero(~behind_P)
+    assert calibration(margin_P[before], [groups[n] for n in before], fitted.temperature, split) is None
+
+
+@given(st.lists(st.text(max_size=3), min_size=2, max_size=12, unique=True), st.integers(1, 3))
+@settings(deadline=None)
+def test_both_halves_have_a_group(groups: list[str], times: int) -> None:
+    measured_P = places(groups * times) >= middle(groups * times)
+    assert measured_P.sum() == times * (len(groups) - len(groups) // 2)
 
 
 def test_a_perfect_model_has_an_error_above_zero() -> None:

@@ -6,8 +6,8 @@ import math
 import socket
 
 import pytest
-from chat_server import ChatServer, Reply, completion
 
+from chat_server import ChatServer, Reply, completion
 from gyrocompass.core.errors import BadInput, ConfigError, GyroError
 from gyrocompass.measure.reward import Sample, checked
 from gyrocompass.measure.rewards.entries import parse_rewards
@@ -124,7 +124,7 @@ def test_mistakes_in_an_entry() -> None:
 
 
 def test_a_reward_model_scores_prompt_and_completion() -> None:
-    tools = Tools(scorers={"helpful": lambda texts: [len(text) - 3.0 for text in texts]})
+    tools = Tools(scorers={"helpful": lambda samples: [len(s.prompt + s.completion) - 3.0 for s in samples]})
     entry = {"reward_model": {"model": "helpful", "low": -1.0, "high": 1.0}}
     reward = parse_rewards([entry], tools).parts[0].reward
     assert checked(reward, [Sample("ab", "c"), Sample("a", "b")]) == [0.0, -1.0]
@@ -140,7 +140,7 @@ def test_a_reward_model_scores_prompt_and_completion() -> None:
 
 
 def test_clipping_lets_no_nan_through() -> None:
-    tools = Tools(scorers={"broken": lambda texts: [math.nan for _ in texts]})
+    tools = Tools(scorers={"broken": lambda samples: [math.nan for _ in samples]})
     entry = {"reward_model": {"model": "broken", "low": 0.0, "high": 1.0, "clip": True}}
     with pytest.raises(GyroError, match="is nan for sample 0"):
         parse_rewards([entry], tools)([Sample("a", "b")])

@@ -116,7 +116,10 @@ def test_what_passes_is_tried_again() -> None:
 def test_what_does_not_pass_is_said() -> None:
     with serving((500, {"error": "no memory"})) as (_, config), pytest.raises(GyroError) as raised:
         sampled(config)
-    assert "failed 3 times in a row: HTTP 500" in str(raised.value) and raised.value.exit_code == 1
+    assert (
+        "the engine failed 3 times; the last time: status 500" in str(raised.value)
+        and raised.value.exit_code == 1
+    )
 
 
 def test_an_engine_that_dies_in_the_middle_of_an_answer_is_asked_again() -> None:
@@ -128,7 +131,7 @@ def test_an_engine_that_dies_in_the_middle_of_an_answer_is_asked_again() -> None
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving((200, counting)) as (_, config):
         config = config.model_copy(update={"api_key_env": "ENGINE_KEY"})
-        with pytest.raises(BadInput, match="the environment has no ENGINE_KEY"):
+        with pytest.raises(BadInput, match="the environment variable ENGINE_KEY is not set"):
             sampled(config)
         monkeypatch.setenv("ENGINE_KEY", "secret")
         assert len(sampled(config)) == 2
@@ -144,7 +147,7 @@ def test_nobody_there() -> None:
 @pytest.mark.parametrize(
     "status, body, message",
     [
-        (400, {"error": "unknown model"}, "refuses a request: HTTP 400"),
+        (400, {"error": "unknown model"}, "the engine refuses: status 400"),
         (200, {"choices": [{"text": "hello", "logprobs": None}]}, "does not answer with token ids"),
         (
             200,

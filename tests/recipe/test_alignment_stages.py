@@ -171,7 +171,7 @@ def test_a_stage_reads_data_and_rollouts_in_one_window(finished: Path) -> None:
 
 def test_its_data_is_verified_without_its_rollouts(tmp_path: Path) -> None:
     recipe = changed(tmp_path)
-    later = ("preferring", "reinforced", "reward_model", "align_")
+    later = ("preferring", "reinforced", "reward_model", "align_", "score_preferring")
     stages = {name: stage for name, stage in recipe["stages"].items() if not name.startswith(later)}
     checked = recipe_from(recipe | {"stages": stages}, [], "test")
     store, console = Store(tmp_path / "store"), Console(quiet=True)

@@ -13,7 +13,8 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.core.errors import ConfigError, DamagedArtifact, GyroError
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
-from gyrocompass.recipe.plan import Done, execute, order, plan, reference_mistakes
+from gyrocompass.recipe.mistakes import reference_mistakes
+from gyrocompass.recipe.plan import Done, execute, order, plan
 from gyrocompass.recipe.stage import OptionalStageName, Stage, StageName, StageNames, Workplace
 from gyrocompass.train.distributed import World
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from gyrocompass.measure.reward import Part, Sample, WeightedSum
+from gyrocompass.model.columns import score_logprobs
 from gyrocompass.model.sampler import Sampled, Sampling, sample
-from gyrocompass.recipe.stages.rollouts import score_logprobs
 from gyrocompass.train.answers import Prompt
 from gyrocompass.train.checkpoint import steps_on_disk
 from gyrocompass.train.config import TrainConfig

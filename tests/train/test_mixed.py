@@ -29,8 +29,8 @@ from gyrocompass.data.mixture import Sampler
 from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.loss.objective import Composite, parse_objectives
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.columns import score_logprobs
 from gyrocompass.model.sampler import Sampled
-from gyrocompass.recipe.stages.rollouts import score_logprobs
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.metrics import read_metrics

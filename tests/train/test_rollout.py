@@ -23,10 +23,10 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig
 from gyrocompass.measure.reward import Part, Sample, WeightedSum
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.columns import score_logprobs, score_tokens, score_values
 from gyrocompass.model.load import new_causal_lm
 from gyrocompass.model.sampler import Sampled, Sampling, sample
 from gyrocompass.model.scalar_head import attach_scalar_head
-from gyrocompass.recipe.stages.rollouts import score_logprobs, score_tokens, score_values
 from gyrocompass.train.answers import FloatArray, Prompt
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.distributed import World
@@ -296,8 +296,6 @@ def test_the_fingerprint_covers_what_decides_a_window() -> None:
         of(rewards=[{"length": length | {"slack": 6}}]),
         of(rewards=[{"length": length | {"weight": 0.5}}]),
         of(reference=reference),
-        of(reference=reference, reference_id="model-1"),
-        of(reference=reference, reference_id="model-2"),
     ]
     assert len({of(), *others}) == 1 + len(others)
     assert answered("4") == others[0] and of(rewards=[{"length": dict(length)}]) == others[3]

@@ -1,6 +1,6 @@
 """A tiny training run as a program, for tests that kill it or start it on several ranks.
 
-    main([FOLDER, CONFIG_JSON, "--kill-at-sync", N])       or --kill-at-step N
+    main([FOLDER, CONFIG_JSON, "--kill-at-sync", N])       or --kill-at-step N, --live-reference
 
 Trains a tiny Llama on made-up documents, on as many ranks as `torchrun` says, and writes everything that a
 resume must reproduce to FOLDER/result.safetensors and FOLDER/ledger.parquet. The kill options make the
@@ -11,6 +11,7 @@ Nth optimizer step.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from gyrocompass.train.checkpoint import steps_on_disk
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import world_from_environment
 from gyrocompass.train.loop import train
+from gyrocompass.train.reference import LiveReference
 
 VOCABULARY = 48
 ARCHITECTURE = {
@@ -60,10 +62,20 @@ def tiny_data(documents: int = 40, seed: int = 0) -> TokenDataset:
     return TokenDataset.of(rows)
 
 
-def tiny_model(config: TrainConfig, *, dropout: bool = True) -> torch.nn.Module:
+def tiny_model(config: TrainConfig, *, dropout: bool = True, seed: int = 0) -> torch.nn.Module:
     """A tiny Llama, the same every time."""
     architecture = ARCHITECTURE | ({} if dropout else {"attention_dropout": 0.0})
-    return new_causal_lm(architecture, seed=0).to(PRECISIONS[config.precision])
+    return new_causal_lm(architecture, seed=seed).to(PRECISIONS[config.precision])
+
+
+def without_columns(data: TokenDataset) -> TokenDataset:
+    """The same data, of which no reference has said anything."""
+    return dataclasses.replace(data, columns={})
+
+
+def tiny_reference(config: TrainConfig) -> LiveReference:
+    """Another tiny Llama, which follows as the config says."""
+    return LiveReference(tiny_model(config, seed=1), update=config.reference_update)
 
 
 def _kill_at(call: int, owner: object, name: str) -> None:
@@ -86,6 +98,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--kill-at-sync", type=int)
     parser.add_argument("--kill-at-step", type=int)
     parser.add_argument("--no-dropout", action="store_true")
+    parser.add_argument("--live-reference", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     config = TrainConfig.model_validate(json.loads(options.config))
@@ -94,7 +107,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.kill_at_step:
         _kill_at(options.kill_at_step, torch.optim.AdamW, "step")
     model = tiny_model(config, dropout=not options.no_dropout)
-    data = tiny_data()
+    data, reference = tiny_data(), None
+    if options.live_reference:
+        data, reference = without_columns(data), tiny_reference(config)
 
     with world_from_environment(torch.device("cpu")) as world:
         outcome = train(
@@ -103,6 +118,7 @@ def main(arguments: Sequence[str]) -> None:
             config,
             options.folder / "run",
             world=world,
+            reference=reference,
             evaluate=lambda: score_dataset(model, data, length=config.sequence_length),
         )
         if not world.is_first:

@@ -26,7 +26,8 @@ IGNORE_INDEX = -100
 """The target of a position that predicts nothing."""
 
 COLUMN_SOURCES: Mapping[str, str] = {
-    "reference_logprob": "score the data with the reference first: a stage of kind reference",
+    "reference_logprob": "score the data with the reference first, by a stage of kind reference; or name one "
+    "that is asked while training, `reference: STAGE`",
     "side": "give preference records: prompt, chosen, rejected",
     "desirable": "give records with a label: prompt, completion, label",
     "mismatched": "give each prompt another's completion too, labels: {mismatched: 1}; or set kl: matched",

@@ -14,9 +14,11 @@ max(p, 1 - p), and B = 10 bins of equal width on [1/2, 1],
     ECE = sum_b n_b / n * |right share of b - mean confidence of b|
 
 It is above 0 for a perfect model too, the more so the fewer pairs. The temperature is fitted on one half of
-the groups and the error measured on the other.
+the groups and the error measured on the other. A group's place is its hash, and the halves are what is before
+and behind a place: with that place, a temperature that was fitted earlier is not measured on the same groups.
 
-Source: Guo et al. 2017, arXiv:1706.04599 (temperature, ECE).
+Sources: Guo et al. 2017, arXiv:1706.04599 (temperature, ECE); Platt 1999, "Probabilistic outputs for support
+vector machines" (targets short of 1).
 
 Shape legend: P pairs or samples, G groups.
 """
@@ -111,32 +113,66 @@ class Calibration(NamedTuple):
     pairs: int
 
 
-def calibration(margin_P: ArrayLike, groups: Sequence[str]) -> Calibration | None:
-    """Fit a temperature on half of the groups and measure on the other; None where a half is empty."""
+def calibration(
+    margin_P: ArrayLike,
+    groups: Sequence[str],
+    temperature: float | None = None,
+    split: float | None = None,
+) -> Calibration | None:
+    """Fit a temperature on half of the groups and measure on the other; None where a half is empty.
+
+    Args:
+        margin_P: the chosen side's reward less that of the rejected one.
+        groups: of each pair.
+        temperature: one that was fitted before, to be measured instead.
+        split: the place of the first group to measure on; None: in the middle of these.
+    """
     margin_P = np.asarray(margin_P, np.float64)
-    fitted_P = np.array([_coin(group) for group in groups], bool)
-    if fitted_P.all() or not fitted_P.any():
+    measured_P = places(groups) >= (middle(groups) if split is None else split)
+    if not measured_P.any() or (temperature is None and measured_P.all()):
         return None
-    temperature = fit_temperature(margin_P[fitted_P])
-    measured_P = margin_P[~fitted_P]
+    if temperature is None:
+        temperature = fit_temperature(margin_P[~measured_P])
+    other_P = margin_P[measured_P]
     return Calibration(
         temperature,
-        expected_calibration_error(measured_P),
-        expected_calibration_error(measured_P / temperature),
-        len(measured_P),
+        expected_calibration_error(other_P),
+        expected_calibration_error(other_P / temperature),
+        len(other_P),
     )
+
+
+def places(groups: Sequence[str]) -> FloatArray:
+    """Where the group of each pair stands, [P], from 0 to 1: by its hash, so always at the same place."""
+    digests = (hashlib.sha256(group.encode()).digest()[:8] for group in groups)
+    return np.array([int.from_bytes(digest) / 2.0**64 for digest in digests], np.float64)
+
+
+def middle(groups: Sequence[str]) -> float:
+    """The place that has half of the groups before it; with a single one, none.
+
+    >>> places(["a", "b", "c"]).round(2).tolist(), round(middle(["a", "b", "b", "c"]), 2)
+    ([0.79, 0.24, 0.18], 0.24)
+    """
+    place_G = np.unique(places(groups))
+    return float(place_G[len(place_G) // 2])
 
 
 def fit_temperature(margin_P: FloatArray) -> float:
     """The temperature with the least negative log-likelihood, from 1/100 to 100.
 
-    argmin_tau mean log(1 + exp(-margin / tau))
+        argmin_tau mean [t log(1 + exp(-margin / tau)) + (1 - t) log(1 + exp(margin / tau))],  t = (P+1)/(P+2)
+
+    A target short of 1 by what P pairs can tell keeps the temperature off its bound where all of them are
+    right.
     """
     from scipy.optimize import minimize_scalar  # imported here: scipy takes a while
 
     def nll(log_temperature: float) -> float:
-        return float(np.logaddexp(0.0, -margin_P / np.exp(log_temperature)).mean())
+        scaled_P = margin_P / np.exp(log_temperature)
+        return float((np.logaddexp(0.0, -scaled_P) + (1 - target) * scaled_P).mean())
 
+    target = (len(margin_P) + 1) / (len(margin_P) + 2)
     bounds = (np.log(0.01), np.log(100.0))
     return float(np.exp(minimize_scalar(nll, bounds=bounds, method="bounded").x))
 
@@ -161,7 +197,3 @@ def figures_from(rows: Sequence[dict[str, Any]]) -> list[Figure]:
     return [
         Figure(**{**row, "by_group": {g: (s, n) for g, (s, n) in row["by_group"].items()}}) for row in rows
     ]
-
-
-def _coin(group: str) -> bool:
-    return hashlib.sha256(group.encode()).digest()[0] % 2 == 0

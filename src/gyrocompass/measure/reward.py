@@ -28,6 +28,10 @@ class Sample:
     """The fields of the record the prompt came from: answer, tests, schema."""
     n_tokens: int = 0
     """Tokens of the completion."""
+    prompt_ids: Sequence[int] = ()
+    """The prompt as the model read it, for rewards that read tokens."""
+    token_ids: Sequence[int] = ()
+    """The completion as the model wrote it, with the token that ended it."""
     finished: bool = True
     """Whether it ended by itself, rather than at the token limit."""
 

@@ -27,10 +27,10 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.multi_token import later_target
 from gyrocompass.loss.signal import Batch
-from gyrocompass.model.head import causal_lm, find_head
+from gyrocompass.model.head import BESIDE, causal_lm, find_head
 
 FILE = "future_heads.safetensors"
-_NAME = "gyro_future_heads"
+_NAME = f"{BESIDE}future_heads"
 
 
 def attach_future_heads(model: nn.Module, heads: int) -> nn.ModuleList:

@@ -90,6 +90,9 @@ KNOWN: Mapping[str, LogitRule] = {
 }
 """Architectures by `config.model_type`."""
 
+BESIDE = "gyro_"
+"""How the names of layers begin that stand beside a model's own: its scalar head, its future heads."""
+
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 """Implementations of attention that take a mask, and so keep packed segments apart in any number of rows."""
 

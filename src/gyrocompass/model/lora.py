@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput, MissingDependency
-from gyrocompass.model.head import causal_lm, is_tied, model_type
+from gyrocompass.model.head import BESIDE, causal_lm, is_tied, model_type
 
 
 class LoraSettings(Config):
@@ -137,13 +137,65 @@ def merged(model: nn.Module) -> nn.Module:
     Raises:
         BadInput: head and embedding are one weight, and one of them has an update.
     """
+    _check_ends(model)
+    copied: Any = copy.deepcopy(model)
+    plain: nn.Module = copied.merge_and_unload()
+    return plain
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it was adapted, meanwhile: its update is switched off.
+
+    Afterwards the same parameters are trainable as before; `peft` by itself makes every update so.
+    """
+    adapted: Any = model
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with adapted.disable_adapter():
+            yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
+
+
+def plain_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the plain language model that a model is now, one by one; LoRA is added in.
+
+    Names are those of the model as it was before it was adapted; scalar and future heads are no part of it.
+
+    Args:
+        model: with or without LoRA.
+        masters: wider copies of its parameters, by name, to be read instead of them.
+
+    Raises:
+        BadInput: head and embedding are one weight, and one of them has an update.
+    """
+    lm = causal_lm(model)
+    _check_ends(model)
+    wide = {id(p): masters.get(name, p) for name, p in model.named_parameters()}
+    for name, parameter in lm.named_parameters():
+        layer, adapted, key = name.rpartition(".base_layer.")
+        if adapted:
+            yield f"{layer}.{key}", _with_update(lm.get_submodule(layer), key, wide[id(parameter)])
+        elif ".lora_" not in name and not name.startswith(BESIDE):
+            yield name, wide[id(parameter)]
+
+
+def _with_update(layer: Any, key: str, value: Tensor) -> Tensor:
+    """A parameter of an adapted layer with what its active updates add to it now."""
+    if key != "weight" or layer.merged or layer.disable_adapters:
+        return value
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    with torch.no_grad():
+        return sum((layer.get_delta_weight(name) for name in active), start=value)
+
+
+def _check_ends(model: nn.Module) -> None:
     lm = causal_lm(model)
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
     if is_tied(model) and any(hasattr(layer, "lora_A") for layer in ends):
         raise _cannot_merge(None)
-    copied: Any = copy.deepcopy(model)
-    plain: nn.Module = copied.merge_and_unload()
-    return plain
 
 
 def _cannot_merge(where: str | None) -> BadInput:

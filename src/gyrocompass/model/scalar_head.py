@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gyrocompass.core.errors import BadInput
-from gyrocompass.model.head import causal_lm, find_head
+from gyrocompass.model.head import BESIDE, causal_lm, find_head
 
 FILE = "scalar_head.safetensors"
-_NAME = "gyro_scalar_head"
+_NAME = f"{BESIDE}scalar_head"
 
 
 def attach_scalar_head(model: nn.Module) -> nn.Linear:

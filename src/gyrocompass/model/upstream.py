@@ -5,8 +5,8 @@
     choices[0].logprobs.tokens = ["token_id:17", ...], .token_logprobs = [-0.3, ...]
 
 Token in, token out: a server that answers with text alone is refused, since tokenising its text again gives
-other tokens than it drew. Requests run side by side, a bounded number at a time. What may pass (a refused
-connection, a time-out, 429, 5xx) is tried again with growing pauses; when it does not, the failure says so.
+other tokens than it drew. Requests run side by side, a bounded number at a time. What may pass is asked again
+with growing pauses (`core.http` says what that is); when it does not, the failure says so.
 
 What weights an answer is of, the server alone knows. One that says it in `metadata.weight_version` (SGLang,
 whose weights are renewed under a version that the caller names) is believed where the version is a number of
@@ -17,24 +17,22 @@ Left out: handing new weights to the server, which is done beside it; streaming.
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pydantic import Field, HttpUrl
 
 from gyrocompass.core.config import Config
-from gyrocompass.core.errors import BadInput, GyroError
+from gyrocompass.core.errors import BadInput
+from gyrocompass.core.http import Patience, post_json
 from gyrocompass.model.sampler import Sampled, Sampling
 
 _TOKEN = "token_id:"
+FIRST_WAIT_S = 1.0
 
 
 class UpstreamConfig(Config):
@@ -67,7 +65,16 @@ def sample_upstream(
     """
 
     def one(asked: tuple[Sequence[int], int]) -> Sampled:
-        return _read(config, _post(config, _request(config, *asked, sampling), sleep), sampling)
+        return post_json(
+            f"{str(config.url).rstrip('/')}/v1/completions",
+            _request(config, *asked, sampling),
+            Patience(config.attempts, FIRST_WAIT_S, config.timeout_s),
+            read=partial(_read, config, sampling),
+            who="the engine",
+            fix="start it again and run the same command: everything before this step is saved",
+            api_key_env=config.api_key_env,
+            sleep=sleep,
+        )
 
     with ThreadPoolExecutor(config.parallel_requests) as pool:
         return list(pool.map(one, zip(prompts, seeds, strict=True)))
@@ -94,39 +101,7 @@ def _request(config: UpstreamConfig, prompt: Sequence[int], seed: int, sampling:
     }
 
 
-def _post(config: UpstreamConfig, body: dict[str, Any], sleep: Callable[[float], None]) -> Any:
-    headers = {"Content-Type": "application/json"}
-    if config.api_key_env is not None:
-        if config.api_key_env not in os.environ:
-            raise BadInput(
-                f"the environment has no {config.api_key_env}, which holds the engine's key",
-                fix=f"export {config.api_key_env}=...",
-            )
-        headers["Authorization"] = f"Bearer {os.environ[config.api_key_env]}"
-    url = f"{str(config.url).rstrip('/')}/v1/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    failure = ""
-    for attempt in range(config.attempts):
-        if attempt:
-            sleep(0.5 * 2.0**attempt)
-        try:
-            with urllib.request.urlopen(request, timeout=config.timeout_s) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            failure = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
-            if error.code != 429 and error.code < 500:
-                raise BadInput(f"the engine refuses a request: {failure}", where=url) from error
-        # refused, reset, timed out; cut off in the middle; an answer that is no JSON
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            failure = str(error) or type(error).__name__
-    raise GyroError(
-        f"the engine failed {config.attempts} times in a row: {failure}",
-        where=url,
-        fix="start it again and run the same command: everything before this step is saved",
-    )
-
-
-def _read(config: UpstreamConfig, answer: Any, sampling: Sampling) -> Sampled:
+def _read(config: UpstreamConfig, sampling: Sampling, answer: Any) -> Sampled:
     try:
         choice = answer["choices"][0]
         tokens, logprobs = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]

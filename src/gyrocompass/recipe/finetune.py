@@ -9,6 +9,7 @@ from typing import Any
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
+from gyrocompass.measure.reward_calibration import copy_calibration
 from gyrocompass.recipe.recipe import Recipe, recipe_from
 from gyrocompass.recipe.run import read_run
 from gyrocompass.recipe.stages.model import copy_model, folder_context
@@ -81,4 +82,6 @@ def export_model(store: Store, target: Path) -> None:
     """Write the last trained model, in Hugging Face format, to a folder; a LoRA update is merged in."""
     record = read_run(store, NAME)
     trained = next(stage for stage in record.stages if stage.name == "trained")
-    copy_model(store.open(trained.artifact).path, target)
+    folder = store.open(trained.artifact).path
+    copy_model(folder, target)
+    copy_calibration(folder, target)

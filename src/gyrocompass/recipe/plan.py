@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gyrocompass.core.artifact import Artifact, Draft
-from gyrocompass.core.errors import ConfigError, GyroError, did_you_mean
+from gyrocompass.core.errors import ConfigError, GyroError
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.model.fit import check_context
@@ -50,24 +50,6 @@ class Done(NamedTuple):
     artifact: Artifact
     reused: bool
     seconds: float
-
-
-def reference_mistakes(stages: Mapping[str, Stage]) -> list[tuple[tuple[str, ...], str]]:
-    """Every reference to a stage that is not there or makes something else, by the path of its key."""
-    mistakes: list[tuple[tuple[str, ...], str]] = []
-    for name, stage in stages.items():
-        marks = stage.reference_fields()
-        for role, reference in stage.references().items():
-            wanted = marks[role.partition(".")[0]].makes
-            fitting = [other for other, made in stages.items() if not wanted or made.makes in wanted]
-            if reference in fitting:
-                continue
-            what = f"there is no stage {reference!r}"
-            if reference in stages:
-                what = f"{reference} makes {stages[reference].makes}, and {wanted[0]} is needed here"
-            path = (name, *role.split("."))
-            mistakes.append((path, what + did_you_mean(reference, [n for n in fitting if n != name])))
-    return mistakes
 
 
 def order(stages: Mapping[str, Stage]) -> list[str]:

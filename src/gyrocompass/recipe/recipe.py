@@ -20,14 +20,14 @@ from pydantic import Field, model_validator
 
 from gyrocompass.core.config import Config, LoadedYaml, MistakesBelow, load_yaml, parse
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
-from gyrocompass.recipe.plan import reference_mistakes
+from gyrocompass.recipe.mistakes import input_mistakes, reference_mistakes
 from gyrocompass.recipe.stages.alignment import AlignmentStage
+from gyrocompass.recipe.stages.columns import ReferenceStage, TeacherTopKStage
 from gyrocompass.recipe.stages.corpus import CuratedStage, DocumentsStage, PairsStage, SplitStage
 from gyrocompass.recipe.stages.function_tests import FunctionTestsStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
-from gyrocompass.recipe.stages.preference import PreferencesStage, ReferenceStage
+from gyrocompass.recipe.stages.preference import PreferencesStage
 from gyrocompass.recipe.stages.score import CompletionsStage, ScoreStage
-from gyrocompass.recipe.stages.teacher import TeacherTopKStage
 from gyrocompass.recipe.stages.tokens import ImportedTokenizerStage, TokenizerStage, TokensStage
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.train.metrics import MlflowConfig, mlflow_if_installed
@@ -74,7 +74,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_references(self) -> Recipe:
-        mistakes = reference_mistakes(self.stages)
+        mistakes = reference_mistakes(self.stages) or input_mistakes(self.stages)
         if mistakes:
             raise MistakesBelow((("stages", *path), message) for path, message in mistakes)
         return self

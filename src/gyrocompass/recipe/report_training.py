@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gyrocompass.core.store import Store
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.measure.reward_calibration import RewardCalibration, load_calibration
 from gyrocompass.recipe.record import RunRecord, StageRecord
 from gyrocompass.train.metrics import read_metrics
 
@@ -105,6 +106,8 @@ class Training(NamedTuple):
     looks: list[dict[str, Any]]
     """Rows of watch.jsonl: what a watch against gamed rewards saw."""
     ledger: Ledger
+    calibration: RewardCalibration | None
+    """Of a reward model with held-out pairs."""
 
     @property
     def smoothed_steps(self) -> int:
@@ -255,6 +258,7 @@ def _training(stage: StageRecord, store: Store) -> Training:
         incidents=read_metrics(artifact.path / "incidents.jsonl"),
         looks=read_metrics(artifact.path / "watch.jsonl"),
         ledger=Ledger.load(artifact.path / "ledger.parquet"),
+        calibration=load_calibration(artifact.path),
     )
 
 

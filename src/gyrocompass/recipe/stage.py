@@ -100,6 +100,10 @@ class Stage(Config):
                 found |= {f"{field}.{number}": name for number, name in enumerate(value)}
         return found
 
+    def wanted(self, role: str) -> tuple[str, ...]:
+        """Kinds of artifact that will do in a role; none: anything."""
+        return self.reference_fields()[role.partition(".")[0]].makes
+
     def settings(self) -> dict[str, Any]:
         """The config without the names of other stages: what the manifest records and the key covers."""
         return self.model_dump(mode="json", exclude=set(self.reference_fields()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,7 @@ def untrained(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 def _reading(stage: Stage, instead: Mapping[str, str]) -> Stage:
     """A stage that reads other stages instead of some."""
     changes: dict[str, str | tuple[str, ...]] = {}
-    for field in {role.partition(".")[0] for role in stage.references()}:
+    for field in {role.partition(".")[0] for role in stage.references()} & set(stage.reference_fields()):
         names = getattr(stage, field)
         one = isinstance(names, str)
         changes[field] = (
@@ -166,11 +167,19 @@ def _subjects(recipe: Recipe, store: Store, progress: Progress) -> Iterator[Subj
             artifacts[base],
             artifacts[stage.data],
             artifacts[stage.held_out] if stage.held_out else None,
+            _reference_folder(recipe, stage, artifacts),
             tuple(artifacts[one.data] for one in earlier if isinstance(one, TrainStage) and one.data),
             store,
             progress,
             world.device,
         )
+
+
+def _reference_folder(recipe: Recipe, stage: TrainStage, artifacts: Mapping[str, Artifact]) -> Path | None:
+    """That of a live reference; of a trained one, that of the model which its chain begins with."""
+    if stage.reference is None:
+        return stage.reference_folder
+    return artifacts[model_chain(recipe.stages, stage.reference)[-1]].path
 
 
 def _row(name: str, check: Check, subject: Subject) -> Row:

@@ -143,7 +143,13 @@ def _trainer_pass(subject: Subject, numeric: Numeric, rows: Packed, size: int) -
     objective = parse_objectives(config.objective).within({"data": subject.data.slice_names})
     world = World(device=subject.device)
     return window_gradients(
-        numeric.model, numeric.main, objective, Window(rows, subject.data), config, world=world
+        numeric.model,
+        numeric.main,
+        objective,
+        Window(rows, subject.data),
+        config,
+        world=world,
+        reference=numeric.reference,
     )
 
 

@@ -4,8 +4,8 @@
     second process   goes on from step 2 to step 4; then, in another folder, steps 1 to 4 without a kill
 
 Compared bit for bit are the last checkpoints of both: parameters (or their masters), optimizer, random state,
-data position, guard, ledger. Model, data, objective, optimizer and precision are the stage's own; rows and
-steps are few.
+the weights of a reference that follows, data position, guard, ledger. Model, data, objective, optimizer and
+precision are the stage's own; rows and steps are few.
 
 Run as a program, this module is one of the two processes: `python -m ... FOLDER [--kill]`.
 """
@@ -30,8 +30,8 @@ from gyrocompass.core.config import Config
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.recipe.stages.train import TrainStage
-from gyrocompass.recipe.verify_subject import Finding, Subject, trainable_model
-from gyrocompass.train.checkpoint import steps_on_disk
+from gyrocompass.recipe.verify_subject import Finding, Subject
+from gyrocompass.train.checkpoint import REFERENCE_FILE, steps_on_disk
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.distributed import World
 from gyrocompass.train.loop import train
@@ -42,7 +42,7 @@ KILLED_AFTER_STEP = 3
 ROWS = 2
 JOB = "job.json"
 BOUND = "0 differ"
-TENSOR_FILES = ("parameters.safetensors", "optimizer.safetensors", "rng.safetensors")
+TENSOR_FILES = ("parameters.safetensors", "optimizer.safetensors", "rng.safetensors", REFERENCE_FILE)
 
 
 class Job(Config):
@@ -51,6 +51,7 @@ class Job(Config):
     stage: TrainStage
     model: Path
     data: Path
+    reference: Path | None
     device: str
     threads: int
 
@@ -58,9 +59,10 @@ class Job(Config):
 def resume(subject: Subject) -> Finding:
     """Kill a short run, go on with it, and compare it with one that was not killed."""
     job = Job(
-        stage=subject.stage,
+        stage=_following_at_once(subject.stage),
         model=subject.model.path,
         data=subject.data_artifact.path,
+        reference=subject.reference,
         device=str(subject.device),
         threads=torch.get_num_threads(),
     )
@@ -100,7 +102,7 @@ def compare(ours: Path, theirs: Path) -> tuple[int, list[str]]:
     name = _checkpoint_name(STEPS)
     compared, different = 0, []
     for file in TENSOR_FILES:
-        a, b = load_file(ours / name / file), load_file(theirs / name / file)
+        a, b = (_tensors(run / name / file) for run in (ours, theirs))
         for key in sorted(a.keys() | b.keys()):
             if key not in a or key not in b or not _same_bits(a[key], b[key]):
                 different.append(f"{file} {key}")
@@ -116,6 +118,11 @@ def compare(ours: Path, theirs: Path) -> tuple[int, list[str]]:
     return compared + ledgers[1].to_table().num_rows, different
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Those of a file of a checkpoint; none where it has no such file."""
+    return load_file(path) if path.is_file() else {}
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -127,6 +134,15 @@ def _checkpoint_name(step: int) -> str:
 
 
 # --- the processes ---
+
+
+def _following_at_once(stage: TrainStage) -> TrainStage:
+    """The stage, with a reference that follows the policy, if it does, before the run is killed."""
+    if stage.reference_update is None:
+        return stage
+    return stage.model_copy(
+        update={"reference_update": stage.reference_update.model_copy(update={"every_steps": 1})}
+    )
 
 
 def short_run(stage: TrainStage) -> TrainConfig:
@@ -156,12 +172,14 @@ def _go(job: Job, folder: Path, *, kill: bool) -> None:
         ledger.add_tokens({}, [0.0])
         return ledger
 
+    model = job.stage.trainable_model(job.model, device)
     train(
-        trainable_model(job.stage, job.model, device),
+        model,
         TokenDataset.open(job.data),
         short_run(job.stage),
         folder,
         world=World(device=device),
+        reference=job.stage.live_reference(model, job.reference, device),
         evaluate=evaluate,
     )
 

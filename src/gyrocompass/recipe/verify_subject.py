@@ -28,11 +28,10 @@ from gyrocompass.data.mixture import Sampler
 from gyrocompass.data.pack import Int64Array, Packed
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.model.fit import check_fit
-from gyrocompass.model.lora import apply_lora
-from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.train import TrainStage
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.optim import MainParameters
+from gyrocompass.train.reference import LiveReference
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bf16": 2e-2, "bf16_autocast": 2e-2}
 """The largest relative difference between two ways of splitting the same tokens, by precision.
@@ -69,6 +68,7 @@ class Numeric:
     """The stage's, with the precision that is checked in."""
     model: nn.Module
     main: MainParameters
+    reference: LiveReference | None
 
     @property
     def autocast(self) -> bool:
@@ -86,6 +86,8 @@ class Subject:
     """The model that its chain of training stages begins with."""
     data_artifact: Artifact
     held_out: Artifact | None
+    reference: Path | None
+    """The folder of the reference that it asks while training, if that is another model."""
     learned_before: tuple[Artifact, ...]
     """The data of the training stages that it goes on from."""
     store: Store
@@ -118,7 +120,7 @@ class Subject:
         Raises:
             BadInput: the tokens were not made for this model.
         """
-        model = trainable_model(self.stage, self.model.path, self.device)
+        model = self.stage.trainable_model(self.model.path, self.device)
         check_fit(model, self.data, self.config.sequence_length, f"stages.{self.name}")
         found = []
         for precision in _CHECKED_IN[self.stage.precision]:
@@ -126,17 +128,12 @@ class Subject:
             rounded = precision == self.stage.precision or PRECISIONS[self.stage.precision] == torch.float32
             own = model if rounded else copy.deepcopy(model).to(PRECISIONS[precision])
             config = self.config.model_copy(update={"precision": precision})
-            found.append(Numeric(config, own, MainParameters(own)))
+            reference = self.stage.live_reference(own, self.reference, self.device, precision)
+            found.append(Numeric(config, own, MainParameters(own), reference))
         return tuple(found)
 
 
 Check = Callable[[Subject], Finding]
-
-
-def trainable_model(stage: TrainStage, folder: Path, device: torch.device) -> nn.Module:
-    """The model as the stage begins to train it: in its precision, with its LoRA."""
-    model = open_model(folder, dtype=PRECISIONS[stage.precision], device=device)
-    return apply_lora(model, stage.lora, seed=stage.seed) if stage.lora else model
 
 
 def segments(packed: Packed) -> Iterator[Int64Array]:

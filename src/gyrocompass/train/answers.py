@@ -28,9 +28,8 @@ from gyrocompass.loss.advantages import (
     token_rewards,
 )
 from gyrocompass.measure.reward import Sample
+from gyrocompass.model.columns import FloatArray
 from gyrocompass.model.sampler import Sampled
-
-FloatArray = NDArray[np.float32]
 
 Annotate = Callable[[TokenDataset], FloatArray]
 """A number for each token of a dataset, [N]: a reference's log-probabilities, a value head's values."""
@@ -87,6 +86,8 @@ def as_sample(prompt: Prompt, sampled: Sampled, decode: Callable[[Sequence[int]]
         reference=prompt.reference,
         n_tokens=len(sampled.token_ids),
         finished=sampled.finished,
+        prompt_ids=prompt.ids,
+        token_ids=sampled.token_ids,
     )
 
 

@@ -5,6 +5,7 @@
         parameters.safetensors  the trained parameters, or their float32 masters
         optimizer.safetensors   AdamW's moments and step counts
         rng.safetensors         the random state of every rank
+        reference.safetensors   the weights of a reference that follows the policy, if there is one
         ledger.parquet          the sums of all steps so far
         state.json              step, data position, guard, early stopping, adaptive weights, the hash of the
                                 run's config
@@ -21,6 +22,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,8 @@ from gyrocompass.measure.ledger import Ledger
 from gyrocompass.train.distributed import World
 from gyrocompass.train.optim import MainParameters
 
+REFERENCE_FILE = "reference.safetensors"
+
 
 class Snapshot(NamedTuple):
     """What a checkpoint holds besides the tensors that are loaded in place."""
@@ -40,6 +44,8 @@ class Snapshot(NamedTuple):
     step: int
     state: dict[str, Any]
     ledger: Ledger
+    reference: Mapping[str, Tensor] = MappingProxyType({})
+    """The weights of a reference that follows the policy."""
 
 
 def save(
@@ -59,6 +65,8 @@ def save(
             save_parameters(main, draft.path)
             save_file(_optimizer_tensors(main, optimizer), draft.path / "optimizer.safetensors")
             save_file(rng, draft.path / "rng.safetensors")
+            if snapshot.reference:
+                save_file(_plain(snapshot.reference), draft.path / REFERENCE_FILE)
             snapshot.ledger.save(draft.path / "ledger.parquet")
             state = {"step": snapshot.step, **snapshot.state}
             (draft.path / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -95,7 +103,8 @@ def load(
     load_parameters(main, path)
     _load_optimizer(main, optimizer, load_file(path / "optimizer.safetensors"))
     _restore_rng(rng, world)
-    return Snapshot(state["step"], state, Ledger.load(path / "ledger.parquet"))
+    reference = load_file(path / REFERENCE_FILE) if (path / REFERENCE_FILE).is_file() else {}
+    return Snapshot(state["step"], state, Ledger.load(path / "ledger.parquet"), reference)
 
 
 def save_parameters(main: MainParameters, folder: Path) -> None:

@@ -16,6 +16,7 @@ from gyrocompass.loss.objective import Composite, parse_objectives
 from gyrocompass.loss.reduce import Reduction
 from gyrocompass.train.guard import GuardConfig
 from gyrocompass.train.optim import OptimizerConfig
+from gyrocompass.train.reference import ReferenceUpdateConfig
 from gyrocompass.train.scheduled_sampling import ScheduledSamplingConfig
 from gyrocompass.train.stopping import EarlyStoppingConfig
 
@@ -49,6 +50,8 @@ class TrainConfig(Config):
     scheduled_sampling: ScheduledSamplingConfig | None = None
     """Let the model read some tokens of its own; NLLs of training are then under those, and the metrics have
     the teacher-forced ones beside them."""
+    reference_update: ReferenceUpdateConfig | None = None
+    """How a live reference follows the policy (TR-DPO); None: it stays where it is."""
     reduction: Reduction = Reduction()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["float64", "float32", "bf16", "bf16_autocast"] = "float32"
@@ -91,14 +94,14 @@ class TrainConfig(Config):
                 self.blend.adapted(objective.names)
                 self._check_constraint(objective)
         except ConfigError as error:
-            raise _placed(error) from error
+            raise placed(error) from error
         if self.blend and self.blend.doremi and self.reduction.by not in ("token", "constant"):
             raise ValueError("blend.doremi weighs tokens by slice: reduction.by has to be token or constant")
         return self
 
 
-def _placed(error: ConfigError) -> MistakesBelow:
-    """An objective's mistakes at the keys they stand at."""
+def placed(error: ConfigError) -> MistakesBelow:
+    """The mistakes of a list within a config, of objectives or rewards, at the keys they stand at."""
     at = tuple(error.where.split(".")) if error.where else ()
     fix = f"\n  fix: {error.fix}" if error.fix else ""
     return MistakesBelow(error.mistakes or [(at, error.what + fix)])

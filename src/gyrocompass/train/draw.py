@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.reward import Sample
-from gyrocompass.train.answers import FloatArray, Prompt, as_sample, sample_row
+from gyrocompass.model.columns import FloatArray
+from gyrocompass.train.answers import Prompt, as_sample, sample_row
 from gyrocompass.train.rollout import Generate
 
 

@@ -32,7 +32,7 @@ from gyrocompass.core.artifact import writing
 from gyrocompass.core.config import config_hash
 from gyrocompass.core.errors import BadInput, Interrupted, TrainingStopped
 from gyrocompass.core.progress import Progress
-from gyrocompass.data.curriculum import reference_nll
+from gyrocompass.data.curriculum import REFERENCE, reference_nll
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.loss.adapt import Observed
 from gyrocompass.loss.blend import Blend, Weights
@@ -47,6 +47,7 @@ from gyrocompass.train.interrupt import interrupt_flag
 from gyrocompass.train.metrics import MetricLog, Tracker
 from gyrocompass.train.optim import MainParameters, adamw, learning_rate
 from gyrocompass.train.record import Alone, StepRecord
+from gyrocompass.train.reference import LiveReference
 from gyrocompass.train.source import MixedSource, PackedSource, Source, Window
 from gyrocompass.train.stopping import EarlyStopping
 from gyrocompass.train.window import WindowPass, window_gradients
@@ -94,6 +95,7 @@ def train(
     *,
     world: World = World(),  # noqa: B008  (immutable)
     teacher: nn.Module | None = None,
+    reference: LiveReference | None = None,
     evaluate: Evaluate | None = None,
     watch: Watch | None = None,
     tracker: Tracker | None = None,
@@ -106,6 +108,8 @@ def train(
         model: a causal LM whose weights have the dtype of `config.precision`, on `world.device`.
         data: tokens, read in the order of `config.sampler()`; or another source of windows.
         teacher: what objectives of distillation learn from, in evaluation mode on the same device.
+        reference: what objectives measure distances from, where the data has no column of it; rollouts that
+            bring the column have asked the same one.
         folder: checkpoints, metrics.jsonl, evaluations.jsonl and incidents.jsonl live here.
         evaluate: called every `evaluate_every_steps` and at the end.
         watch: looks at the model as often and before the first step, and may say that the run is over; the
@@ -114,14 +118,16 @@ def train(
     Raises:
         Interrupted: Ctrl-C; the state is saved.
         TrainingStopped: the guard's verdict, with the documents of the step.
-        BadInput: the folder holds the checkpoints of another run.
+        BadInput: the folder holds the checkpoints of another run; a reference is given twice, as a model and
+            as a column, or cannot follow the policy as `config.reference_update` says.
     """
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]  # a method of transformers' models
     model.train()
     source = PackedSource(data, config.sampler()) if isinstance(data, TokenDataset) else data
     progress = progress or Progress(quiet=True)
-    run = _Run(model, source, config, folder, world, teacher, evaluate, watch, tracker, progress)
+    _check_reference(source, reference, config)
+    run = _Run(model, source, config, folder, world, teacher, reference, evaluate, watch, tracker, progress)
     return run.go(label)
 
 
@@ -136,6 +142,7 @@ class _Run:
         folder: Path,
         world: World,
         teacher: nn.Module | None,
+        reference: LiveReference | None,
         evaluate: Evaluate | None,
         watch: Watch | None,
         tracker: Tracker | None,
@@ -143,11 +150,14 @@ class _Run:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.model, self.source, self.config, self.folder = model, source, config, folder
-        self.world, self.teacher, self.progress = world, teacher, progress
+        self.world, self.progress = world, progress
+        self.teacher, self.reference = teacher, reference
         self.evaluate, self.watch = evaluate, watch
         self.objective = parse_objectives(config.objective).within(source.slices())
-        self.blend = _blend(config, self.objective, source)
+        self.blend = _blend(config, self.objective, source, reference)
         self.main = MainParameters(model)
+        if reference is not None:
+            reference.check_follows(model, self.main.named)
         self.optimizer = adamw(self.main, config.optimizer)
         self.guard = Guard(config.guard)
         self.stopping = EarlyStopping(config.early_stopping)
@@ -160,7 +170,7 @@ class _Run:
         self.evaluations = MetricLog(folder / "evaluations.jsonl")
         self.incidents = MetricLog(folder / "incidents.jsonl")
         self.evaluated_step: int | None = None
-        self.config_hash = config_hash({"config": config, "inputs": _fingerprint(model, source)})
+        self.config_hash = config_hash({"config": config, "inputs": _fingerprint(model, source, reference)})
         self.steps = config.steps or self.source.windows() or 0
 
     # --- the run ---
@@ -237,6 +247,7 @@ class _Run:
             self.world,
             step=self.step,
             teacher=self.teacher,
+            reference=self.reference,
             slice_weights=weights.slices,
             measure_norms=self.blend.reads_gradient_norms(self.step),
         )
@@ -255,6 +266,8 @@ class _Run:
         excess = passed.record.excess(self.world) if self.blend.reads_excess else {}
         self.blend.observe(self.step, Observed(means, passed.gradient_norms, excess))
         self.step += 1
+        if self.reference is not None:
+            self.reference.follow(self.step, self.model, self.main.named)
         return step_ledger
 
     # --- what is said about it ---
@@ -385,7 +398,8 @@ class _Run:
             "blend": self.blend.state(),
             "evaluated_step": self.evaluated_step,
         }
-        snapshot = checkpoint.Snapshot(self.step, state, self.ledger)
+        following = {} if self.reference is None else self.reference.tensors()
+        snapshot = checkpoint.Snapshot(self.step, state, self.ledger, following)
         keep = self.config.checkpoints_kept
         checkpoint.save(self.folder, snapshot, self.main, self.optimizer, self.world, keep=keep)
         self.metrics.commit()
@@ -398,6 +412,8 @@ class _Run:
             return False
         path = self.folder / name
         snapshot = checkpoint.load(path, self.main, self.optimizer, self.world, self.config_hash)
+        if self.reference is not None:
+            self.reference.restore(snapshot.reference)
         state = snapshot.state
         self.step, self.ledger, self.window = snapshot.step, snapshot.ledger, state["window"]
         self.skipped = {*state["skipped"], *passing_over}
@@ -416,20 +432,42 @@ class _Run:
         return True
 
 
-def _blend(config: TrainConfig, objective: Composite, source: Source) -> Blend:
-    """The weights of a run; those of slices are of its data, where that is known beforehand."""
+def _data_of(source: Source) -> TokenDataset | None:
+    """The data that a source reads, where it is known beforehand."""
     packed = source.data if isinstance(source, MixedSource) else source
-    if not isinstance(packed, PackedSource):
+    return packed.data if isinstance(packed, PackedSource) else None
+
+
+def _blend(
+    config: TrainConfig, objective: Composite, source: Source, reference: LiveReference | None
+) -> Blend:
+    """The weights of a run; those of slices are of its data, where that is known beforehand."""
+    data = _data_of(source)
+    if data is None:
         return Blend(config.blend, objective, None)
-    blend = Blend(config.blend, objective, packed.data.slice_names)
-    if blend.reads_excess:
-        reference_nll(packed.data)  # says what is missing
+    blend = Blend(config.blend, objective, data.slice_names)
+    if blend.reads_excess and reference is None:
+        reference_nll(data)  # says what is missing
     return blend
 
 
-def _fingerprint(model: nn.Module, source: Source) -> str:
-    """A hash of what a resume must find again and no checkpoint holds: the data and the frozen weights."""
+def _check_reference(source: Source, reference: LiveReference | None, config: TrainConfig) -> None:
+    """Refuse a reference that is given twice, or updates of one that is not there."""
+    data = _data_of(source)
+    if reference is not None and data is not None and REFERENCE in data.columns:
+        raise BadInput(
+            f"the reference is given twice: as a model, and as the column {REFERENCE} of the data",
+            fix="train on the data without the column, or leave the model out",
+        )
+    if config.reference_update != (None if reference is None else reference.update):
+        raise BadInput("reference_update is about a live reference, and says how this one follows the policy")
+
+
+def _fingerprint(model: nn.Module, source: Source, reference: LiveReference | None) -> str:
+    """A hash of what a resume must find again and no checkpoint holds: data, frozen weights, reference."""
     digest = hashlib.sha256(source.fingerprint().encode())
+    if reference is not None:
+        digest.update(reference.fingerprint().encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)}".encode())
         if not parameter.requires_grad:

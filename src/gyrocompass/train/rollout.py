@@ -110,7 +110,6 @@ class RolloutSource:
         config: how many.
         length: positions in a row; every prompt with `max_new_tokens` more fits.
         reference: log-probabilities of the reference, for objectives or advantages that read them.
-        reference_id: what tells the reference from another, such as the id of its artifact.
         values: of the value head, for `gae`.
         served: the engine computes elsewhere, with weights that it alone knows the age of.
         world: this process among its peers.
@@ -129,14 +128,13 @@ class RolloutSource:
         length: int,
         *,
         reference: Annotate | None = None,
-        reference_id: str = "",
         values: Annotate | None = None,
         served: bool = False,
         world: World = World(),  # noqa: B008  (immutable)
     ) -> None:
         self.prompts, self.generate, self.decode, self.reward = prompts, generate, decode, reward
         self.config, self.length, self.world = config, length, world
-        self.reference, self.reference_id, self.values = reference, reference_id, values
+        self.reference, self.values = reference, values
         self.served = served
         self.number = 0
         self.waiting: deque[_Waiting] = deque()
@@ -199,7 +197,7 @@ class RolloutSource:
         )
 
     def fingerprint(self) -> str:
-        """Of the prompts and their answers, the config, the rewards with what they were told, the reference.
+        """Of the prompts and their answers, the config, the rewards with what they were told, and whether there is a reference.
 
         The engine is not in it: a run may go on with another server of the same model.
         """
@@ -208,7 +206,7 @@ class RolloutSource:
             sort_keys=True,
         )
         asked = {"prompts": prompts, "config": self.config, "rewards": self.reward.described()}
-        return config_hash(asked | {"reference": [self.reference is not None, self.reference_id]})
+        return config_hash(asked | {"reference": self.reference is not None})
 
     # --- sampling ---
 

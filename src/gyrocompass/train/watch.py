@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -26,7 +26,8 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.gaming import GamingConfig, GamingMonitor, Judged, Row
 from gyrocompass.measure.reward import WeightedSum
 from gyrocompass.measure.rewards.text import distinct_share
-from gyrocompass.train.answers import Annotate, FloatArray, Prompt
+from gyrocompass.model.columns import TokenColumns
+from gyrocompass.train.answers import Annotate, Prompt
 from gyrocompass.train.distributed import World
 from gyrocompass.train.draw import draw, sums
 from gyrocompass.train.metrics import MetricLog
@@ -43,13 +44,6 @@ class WatchConfig(Config):
     """The rewards that count, and that the run does not learn from."""
     halt: GamingConfig = GamingConfig()
     seed: int = Field(default=1, ge=0)
-
-
-class Scored(NamedTuple):
-    """What the model says of a dataset's tokens, [N] each; NaN where nothing is counted."""
-
-    logprob_N: FloatArray
-    entropy_N: FloatArray
 
 
 class GamingWatch:
@@ -75,7 +69,7 @@ class GamingWatch:
         decode: Callable[[Sequence[int]], str],
         proxy: WeightedSum,
         gold: WeightedSum,
-        score: Callable[[TokenDataset], Scored],
+        score: Callable[[TokenDataset], TokenColumns],
         reference: Annotate,
         config: WatchConfig,
         folder: Path | None,

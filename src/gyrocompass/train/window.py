@@ -15,6 +15,9 @@ With scheduled sampling the model reads inputs some of which are its own tokens,
 micro-batch. Only the model does: objectives see the batch as it was, so that what a term weighs depends on
 the data alone, and the record keeps what the model says under gold inputs too.
 
+What a live reference says of the window is known before the first pass of the policy: it depends on nothing
+that the step changes.
+
 Asked for, the norm of each objective's own gradient is measured at the final hidden states, by one more pass
 back through the head for each. Hidden states of different tokens are different variables, so squared norms
 add up over micro-batches and ranks.
@@ -44,6 +47,7 @@ from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.distributed import World
 from gyrocompass.train.optim import MainParameters
 from gyrocompass.train.record import StepRecord
+from gyrocompass.train.reference import LiveReference
 from gyrocompass.train.scheduled_sampling import scheduled_sampling
 from gyrocompass.train.source import Window
 
@@ -69,6 +73,7 @@ def window_gradients(
     *,
     step: int = 0,
     teacher: nn.Module | None = None,
+    reference: LiveReference | None = None,
     slice_weights: Mapping[str, float] | None = None,
     measure_norms: bool = False,
 ) -> WindowPass:
@@ -85,11 +90,15 @@ def window_gradients(
         weights: of the objectives, by name; None: those of the first step.
         step: the optimizer step, counted from 0; scheduled sampling depends on it.
         teacher: what objectives of distillation learn from.
+        reference: what objectives measure distances from, where the window does not bring it.
         slice_weights: what the token weights of each slice are multiplied by, all above 0; none: by 1.
         measure_norms: whether to measure each objective's gradient norm.
     """
     main.clear_gradients()
     batches = [_reweighted(b, window, slice_weights or {}) for b in _micro_batches(window, config, world)]
+    if reference is not None:
+        autocast = config.precision == "bf16_autocast"
+        batches = [reference.annotated(batch, autocast=autocast) for batch in batches]
     objective = objective.on_slices(window.data.slice_names)
     norms = _Norms(objective.names) if measure_norms else None
     passing = _Passing(model, objective, config, weights, world, step, teacher, norms)

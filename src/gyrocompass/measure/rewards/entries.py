@@ -87,6 +87,20 @@ def parse_rewards(
     return WeightedSum(tuple(parts))
 
 
+def reward_models(entries: Sequence[str | Mapping[str, Any]]) -> dict[str, str]:
+    """The reward models that a list of rewards names, each by the path of its key.
+
+    >>> reward_models(["parses", {"reward_model": {"model": "helpful", "low": -5, "high": 5}}])
+    {'1.reward_model.model': 'helpful'}
+    """
+    found = {}
+    for index, entry in enumerate(entries):
+        given = entry.get("reward_model") if isinstance(entry, Mapping) else None
+        if isinstance(given, Mapping) and isinstance(given.get("model"), str):
+            found[f"{index}.reward_model.model"] = given["model"]
+    return found
+
+
 def _part(entry: str | Mapping[str, Any], tools: Tools, where: str) -> Part:
     """One entry, checked against the signature of its reward."""
     if isinstance(entry, str):

@@ -34,6 +34,9 @@ def reward_model(
 ) -> list[float]:
     """What a reward model says about prompt and completion together.
 
+    In a recipe, `model` names the stage that made it; what it says is divided by the temperature that was
+    fitted when it was saved, so that sigmoid(r_1 - r_2) is the probability that sample 1 is preferred.
+
     Args:
         samples: scored in one call.
         tools: its scorers, by name.
@@ -47,7 +50,7 @@ def reward_model(
     """
     if model not in tools.scorers:
         raise ConfigError(f"there is no reward model {model!r}{did_you_mean(model, tools.scorers)}")
-    values = tools.scorers[model]([sample.prompt + sample.completion for sample in samples])
+    values = tools.scorers[model](samples)
     return [
         min(max(float(value), low), high) if clip and not math.isnan(value) else float(value)
         for value in values

@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 from pydantic import create_model
 
 from gyrocompass.core.config import Config
+from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.sandbox.run import SandboxConfig, sandbox_abilities
 
-Scorer = Callable[[Sequence[str]], Sequence[float]]
-"""Whole texts (prompt and completion) to numbers: a reward model, without the model."""
+Scorer = Callable[[Sequence[Sample]], Sequence[float]]
+"""Samples to numbers, prompt and completion together: a reward model, without the model."""
 
 
 @dataclass(frozen=True)

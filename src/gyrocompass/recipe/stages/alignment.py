@@ -13,7 +13,7 @@ Every model of a recipe is judged on the same pairs, prompts and seeds, so that 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gyrocompass.core.artifact import Draft
-from gyrocompass.core.errors import BadInput, ConfigError
+from gyrocompass.core.errors import ConfigError
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.alignment import (
@@ -37,8 +37,10 @@ from gyrocompass.measure.alignment import (
     right_share,
 )
 from gyrocompass.measure.reward import Sample
+from gyrocompass.measure.reward_calibration import load_calibration
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.measure.rewards.registry import REWARDS
+from gyrocompass.model.columns import FloatArray, score_logprobs, score_rewards
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import (
@@ -46,12 +48,13 @@ from gyrocompass.recipe.stage import (
     OptionalDocumentsName,
     OptionalModelName,
     OptionalTokensName,
-    Stage,
     Workplace,
 )
+from gyrocompass.recipe.stages.judging import JudgingStage
 from gyrocompass.recipe.stages.model import open_model
-from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts, score_logprobs, score_values
-from gyrocompass.train.answers import FloatArray, Prompt
+from gyrocompass.recipe.stages.pairs import groups_of, margins, open_pairs
+from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts
+from gyrocompass.train.answers import Prompt
 from gyrocompass.train.config import PRECISIONS
 from gyrocompass.train.draw import draw, sums
 from gyrocompass.train.rollout import RolloutConfig
@@ -59,7 +62,7 @@ from gyrocompass.train.rollout import RolloutConfig
 SHOWN_SAMPLES = 3
 
 
-class AlignmentStage(Stage):
+class AlignmentStage(JudgingStage):
     """Preferences and samples of one model, beside its reference."""
 
     kind: Literal["alignment"] = "alignment"
@@ -76,7 +79,6 @@ class AlignmentStage(Stage):
     max_prompts: int = Field(default=32, ge=2)
     samples_per_prompt: int = Field(default=2, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
-    rewards: tuple[str | dict[str, Any], ...] = ()
     optional_rewards: tuple[str | dict[str, Any], ...] = ()
     """Measured too where what they need is here: ruff, bandit, a sandbox. What is left out is said."""
     sequence_length: int = Field(default=512, ge=2)
@@ -92,12 +94,18 @@ class AlignmentStage(Stage):
             raise ValueError("prompts and rewards go together")
         if self.optional_rewards and not self.rewards:
             raise ValueError("optional_rewards go beside rewards")
-        if self.rewards:
-            try:
-                parse_rewards([*self.rewards, *self.optional_rewards])
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+        self.check_rewards()
+        try:
+            if self.rewards:
+                parse_rewards([*self.rewards, *self.optional_rewards])  # together, for names given twice
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
+
+    def reward_lists(self) -> Mapping[str, Sequence[str | Mapping[str, Any]]]:
+        """See `JudgingStage`."""
+        optional = {"optional_rewards": self.optional_rewards} if self.optional_rewards else {}
+        return {**super().reward_lists(), **optional}
 
     def outside(self) -> Any:
         """Which of the optional rewards this machine can compute."""
@@ -133,31 +141,25 @@ class AlignmentStage(Stage):
     def _judge_pairs(
         self, workplace: Workplace, model: nn.Module, reference: nn.Module | None, found: dict[str, Any]
     ) -> None:
-        data = TokenDataset.open(workplace.input("pairs"))
+        data = open_pairs(workplace.input("pairs"), f"stages.{workplace.name}.pairs")
         check_fit(model, data, self.sequence_length, f"stages.{workplace.name}")
-        if "side" not in data.labels or not np.isin(data.labels["side"], (0, 1)).all():
-            raise BadInput(
-                "these tokens are not pairs of a chosen and a rejected answer",
-                where=f"stages.{workplace.name}.pairs",
-                fix="give tokens of preferences",
-            )
-        margins = {}
+        margins_of = {}
         if reference is not None or not has_scalar_head(model):
             own_N = self._logprobs(model, data)
-            margins[BY_LOGPROB] = _margins(data, sums(data, own_N))
+            margins_of[BY_LOGPROB] = margins(data, sums(data, own_N))
             if reference is not None:
                 its_N = own_N if reference is model else self._logprobs(reference, data)
-                margins[BY_RATIO] = _margins(data, sums(data, own_N - its_N))
-        chosen_D = data.labels["side"] == 1
-        groups = [group for group, chosen in zip(data.groups, chosen_D, strict=True) if chosen]
+                margins_of[BY_RATIO] = margins(data, sums(data, own_N - its_N))
+        groups = groups_of(data)
         if has_scalar_head(model):
-            value_N = score_values(model, self.sequence_length, self.rows_per_batch, data)
-            margin_P = _margins(data, value_N[data.offset_D[1:] - 1].astype(np.float64))
-            margins[BY_REWARD] = margin_P
-            fitted = calibration(margin_P, groups)
-            found["calibration"] = None if fitted is None else fitted._asdict()
-        slices = [data.slice_names[number] for number in data.slice_D[chosen_D]]
-        for name, margin_P in margins.items():
+            margin_P = margins(data, score_rewards(model, self.sequence_length, self.rows_per_batch, data))
+            margins_of[BY_REWARD] = margin_P
+            saved = load_calibration(workplace.input("model"))
+            fitted = (None, None) if saved is None else (saved.temperature, saved.split)
+            measured = calibration(margin_P, groups, *fitted)
+            found["calibration"] = None if measured is None else measured._asdict()
+        slices = [data.slice_names[number] for number in data.slice_D[data.labels["side"] == 1]]
+        for name, margin_P in margins_of.items():
             found["figures"] += by_slice(name, right_share(margin_P), slices, groups, is_share=True)
 
     # --- samples ---
@@ -172,8 +174,14 @@ class AlignmentStage(Stage):
         asked, samples, data = draw(
             prompts[: self.max_prompts], self.samples_per_prompt, self.seed, generate, decoder(tokenizer)
         )
+        tools = self.tools(
+            workplace,
+            dtype=PRECISIONS[self.precision],
+            length=self.sequence_length,
+            rows=self.rows_per_batch,
+        )
         entries, found["left_out"] = self._possible_rewards()
-        rewards = parse_rewards(entries)
+        rewards = parse_rewards(entries, tools)
         values: dict[str, Sequence[float]] = {
             f"sample: {name}": v for name, v in rewards.scored(samples).parts.items()
         }
@@ -221,14 +229,6 @@ def by_slice(
         own_groups = [groups[number] for number in own]
         found.append(Figure.of(name, slice_name, values_P[own], own_groups, is_share=is_share))
     return [*found, Figure.of(name, "total", values_P, groups, is_share=is_share)]
-
-
-def _margins(data: TokenDataset, score_D: Any) -> Any:
-    """Of each pair, the score of the chosen side less that of the rejected one."""
-    side_D = data.labels["side"]
-    chosen_P, rejected_P = np.flatnonzero(side_D == 1), np.flatnonzero(side_D == 0)
-    assert np.array_equal(data.unit_D[chosen_P], data.unit_D[rejected_P]), "pairs stand side by side"
-    return score_D[chosen_P] - score_D[rejected_P]
 
 
 def _shown(asked: Sequence[Prompt], samples: Sequence[Sample], per_prompt: int) -> list[dict[str, str]]:

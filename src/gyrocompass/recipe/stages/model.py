@@ -13,6 +13,7 @@ from torch import nn
 from gyrocompass.core.artifact import MANIFEST, Artifact, Draft, read_artifact
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.measure.reward_calibration import copy_calibration
 from gyrocompass.model.gguf import convert_gguf, package_file
 from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
 from gyrocompass.model.lora import load_adapter, merged
@@ -76,25 +77,16 @@ class ImportedModelStage(Stage):
         Raises:
             BadInput: there is no such folder.
         """
-        if not self.folder.is_dir():
-            raise BadInput(
-                "there is no such model folder", where=self.folder, fix="give a Hugging Face folder"
-            )
-        return [
-            [path.relative_to(self.folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file()
-        ]
+        return folder_state(self.folder)
 
     def origins(self) -> dict[str, Artifact]:
         """The folder itself, where it is an artifact."""
-        if not (self.folder / MANIFEST).is_file():
-            return {}
-        return {"imported": read_artifact(self.folder, kind=self.makes)}
+        return folder_origin("imported", self.folder)
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """See the class."""
         model = copy_model(self.folder, draft.path)
+        copy_calibration(self.folder, draft.path)
         draft.counts["parameters"] = sum(p.numel() for p in model.parameters())
 
 
@@ -126,10 +118,59 @@ class GgufModelStage(Stage):
         return path
 
 
+def folder_state(folder: Path) -> list[list[Any]]:
+    """Sizes and times of all files of a model's folder: what a cache key covers of it.
+
+    Raises:
+        BadInput: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise BadInput("there is no such model folder", where=folder, fix="give a Hugging Face folder")
+    return [
+        [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def folder_origin(role: str, folder: Path) -> dict[str, Artifact]:
+    """A model's folder as a parent in a role, where it is an artifact."""
+    return {role: read_artifact(folder, kind="model")} if (folder / MANIFEST).is_file() else {}
+
+
 def open_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     """Load a model artifact; a LoRA adapter that was saved beside the weights is merged in."""
     model = load_causal_lm(folder, dtype=dtype, device=device)
     return merged(load_adapter(model, folder / ADAPTER)) if (folder / ADAPTER).is_dir() else model
+
+
+def check_same_vocabulary(one: Path, other: Path, where: str) -> None:
+    """Refuse two models that do not mean the same by a token's number.
+
+    Raises:
+        BadInput: their heads have another number of tokens, or their tokenizers name them otherwise.
+    """
+    sizes = [_vocabulary_size(folder) for folder in (one, other)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise BadInput(
+            f"this model has {sizes[1]} tokens of vocabulary, the one that is trained {sizes[0]}",
+            where=where,
+            fix="take two models of one tokenizer",
+        )
+    names = [load_tokenizer(folder).get_vocab() for folder in (one, other)]
+    if names[0] != names[1]:
+        different = sorted(dict(names[0].items() ^ names[1].items()))
+        raise BadInput(
+            f"this model's tokenizer is not that of the one that is trained: {len(different)} tokens have "
+            f"another number, such as {different[0]!r}",
+            where=where,
+            fix="take two models of one tokenizer",
+        )
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    size = _config_of(folder).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def copy_model(base: Path, target: Path) -> nn.Module:
@@ -145,13 +186,17 @@ def folder_context(folder: Path) -> int | None:
     Raises:
         BadInput: there is no config.json that can be read.
     """
+    return _context_of(_config_of(folder))
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read the model's config.json: {error}", where=folder) from error
     if not isinstance(config, dict):
         raise BadInput("a model's config.json is a JSON object", where=folder / "config.json")
-    return _context_of(config)
+    return config
 
 
 def _context_of(config: Mapping[str, Any]) -> int | None:

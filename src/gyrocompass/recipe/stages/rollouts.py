@@ -1,8 +1,7 @@
-"""Rollouts for a training stage: its prompts, engine, rewards and reference, put together.
+"""Rollouts for a training stage: its prompts, its engine, and the source and the watch that use them.
 
     prompts artifact + tokenizer ---> Prompt, ...
     model, url ---------------------> Generate
-    reference artifact -------------> a column of log-probabilities
 
 Left out: everything that happens with them (`train.rollout`, `train.watch`).
 """
@@ -14,24 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.document import Document, read_documents
 from gyrocompass.data.encode import prompt_ids
-from gyrocompass.data.tokens import TokenDataset
-from gyrocompass.measure.rewards.entries import parse_rewards
-from gyrocompass.model.head import hidden_states
+from gyrocompass.measure.reward import WeightedSum
+from gyrocompass.model.columns import score_tokens, score_values
 from gyrocompass.model.sampler import Sampled, Sampling, end_ids, sample
-from gyrocompass.model.scalar_head import has_scalar_head, scalars
-from gyrocompass.model.score import ScoredTokens, batches_of, evaluating, scored_tokens
+from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
-from gyrocompass.train.answers import FloatArray, Prompt
+from gyrocompass.train.answers import Annotate, Prompt
 from gyrocompass.train.distributed import World
 from gyrocompass.train.rollout import Generate, RolloutConfig, RolloutSource
-from gyrocompass.train.watch import GamingWatch, Scored, WatchConfig
+from gyrocompass.train.watch import GamingWatch, WatchConfig
 
 
 def read_prompts(
@@ -105,43 +100,16 @@ def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     return partial(tokenizer.decode, skip_special_tokens=True)
 
 
-def score_tokens(model: nn.Module, length: int, rows: int, dataset: TokenDataset) -> Scored:
-    """What a model says of a dataset's counted tokens."""
-    logprob_N, entropy_N = (np.full(dataset.n_tokens, np.nan, np.float32) for _ in range(2))
-    with evaluating(model):
-        parts: list[ScoredTokens] = list(scored_tokens(model, dataset, length, rows))
-    for part in parts:
-        logprob_N[part.index_K], entropy_N[part.index_K] = part.logprob_K, part.entropy_K
-    return Scored(logprob_N, entropy_N)
-
-
-def score_logprobs(model: nn.Module, length: int, rows: int, dataset: TokenDataset) -> FloatArray:
-    """The log-probabilities alone."""
-    return score_tokens(model, length, rows, dataset).logprob_N
-
-
-def score_values(model: nn.Module, length: int, rows: int, dataset: TokenDataset) -> FloatArray:
-    """What the scalar head says where each token is about to be chosen."""
-    value_N = np.full(dataset.n_tokens, np.nan, np.float32)
-    device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        for batch, index_T in batches_of(dataset, length, rows, device=device):
-            value_T = scalars(model, hidden_states(model, batch)).cpu().numpy()
-            value_N[index_T[index_T >= 0]] = value_T[index_T >= 0]
-    return value_N
-
-
 def rollout_source(
     prompts: Sequence[Prompt],
     model: nn.Module,
     tokenizer: Any,
-    rewards: Sequence[Any],
+    rewards: WeightedSum,
     config: RolloutConfig,
     length: int,
     rows: int,
     *,
-    reference: nn.Module | None,
-    reference_id: str,
+    reference: Annotate | None,
     upstream: UpstreamConfig | None,
     world: World,
 ) -> RolloutSource:
@@ -151,11 +119,10 @@ def rollout_source(
         prompts,
         engine(model, tokenizer, config, upstream),
         decoder(tokenizer),
-        parse_rewards(rewards),
+        rewards,
         config,
         length,
-        reference=None if reference is None else partial(score_logprobs, reference, length, rows),
-        reference_id=reference_id,
+        reference=reference,
         values=partial(score_values, model, length, rows)
         if wants_values and has_scalar_head(model)
         else None,
@@ -167,25 +134,28 @@ def rollout_source(
 def gaming_watch(
     prompts: Sequence[Prompt],
     model: nn.Module,
-    reference: nn.Module,
+    reference: Annotate,
     tokenizer: Any,
-    rewards: Sequence[Any],
+    rewards: WeightedSum,
+    gold: WeightedSum,
     config: WatchConfig,
     rollouts: RolloutConfig,
     length: int,
     rows: int,
     folder: Path | None,
     world: World,
+    *,
+    autocast: bool,
 ) -> GamingWatch:
     """A stage's watch against gamed rewards."""
     return GamingWatch(
         prompts,
         engine(model, tokenizer, rollouts, None),
         decoder(tokenizer),
-        parse_rewards(rewards),
-        parse_rewards(config.gold, where="watch.gold"),
-        partial(score_tokens, model, length, rows),
-        partial(score_logprobs, reference, length, rows),
+        rewards,
+        gold,
+        partial(score_tokens, model, length, rows, autocast=autocast),
+        reference,
         config,
         folder,
         world,

@@ -8,30 +8,35 @@ format with its tokenizer, and beside it what the run said of itself:
     ledger.parquet       the sums of all steps   incidents.jsonl     what the guard stopped, if anything
     evaluations/         the ledger of each evaluation, by slice, source and document
     trace.parquet        which tokens of which documents stood where in each step
+    reward_model.json    of a reward model: its temperature and what held-out pairs say of it
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from gyrocompass.core.artifact import Draft
+from gyrocompass.core.artifact import Artifact, Draft
 from gyrocompass.core.config import MistakesBelow
-from gyrocompass.core.errors import BadInput, ConfigError
+from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.data.trace import TRACE, write_trace
 from gyrocompass.loss.objective import Kind, parse_objectives
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.measure.reward_calibration import save_calibration
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.model.columns import score_rewards
 from gyrocompass.model.fit import check_context, check_fit
 from gyrocompass.model.future_heads import attach_future_heads, save_future_heads, without_future_heads
-from gyrocompass.model.head import context_length, find_head
+from gyrocompass.model.head import context_length
 from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
@@ -42,15 +47,24 @@ from gyrocompass.recipe.stage import (
     OptionalDocumentsName,
     OptionalModelName,
     OptionalTokensName,
-    Stage,
     Workplace,
 )
-from gyrocompass.recipe.stages.model import ADAPTER, copy_model, open_model
+from gyrocompass.recipe.stages.judging import JudgingStage
+from gyrocompass.recipe.stages.model import (
+    ADAPTER,
+    check_same_vocabulary,
+    copy_model,
+    folder_origin,
+    folder_state,
+    open_model,
+)
+from gyrocompass.recipe.stages.pairs import calibrated, check_halves, open_pairs
 from gyrocompass.recipe.stages.rollouts import gaming_watch, read_prompts, rollout_source
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import World
 from gyrocompass.train.loop import Outcome, train
 from gyrocompass.train.metrics import MlflowTracker
+from gyrocompass.train.reference import LiveReference
 from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 from gyrocompass.train.source import MixedSource, PackedSource, Source
 from gyrocompass.train.watch import GamingWatch, WatchConfig
@@ -60,7 +74,7 @@ TIMED_FILES = {"metrics.jsonl", "evaluations.jsonl"}
 EVALUATIONS = "evaluations"
 
 
-class TrainStage(Stage, TrainConfig):
+class TrainStage(JudgingStage, TrainConfig):
     """Train `model` on `data`, watching `held_out`; every key of `TrainConfig` stands beside these.
 
     With `rollouts` it learns from its own samples of `prompts`, judged by `rewards`: instead of `data`, or
@@ -87,9 +101,14 @@ class TrainStage(Stage, TrainConfig):
     prompt_slices: tuple[str, ...] | None = None
     """Of them, those of these slices; None: all."""
     rollouts: RolloutConfig | None = None
-    rewards: tuple[str | dict[str, Any], ...] = ()
     reference: OptionalModelName = None
-    """The model whose log-probabilities rollouts bring along."""
+    """The model that distances are measured from, asked while training, unless the data has its column."""
+    reference_folder: Path | None = None
+    """The same, from a Hugging Face folder outside the recipe."""
+    reference_without_lora: bool = False
+    """Measure distances from the model itself with its LoRA switched off: what training began from."""
+    held_out_pairs: OptionalTokensName = None
+    """Tokens of preferences that a reward model's temperature is fitted and its accuracy measured on."""
     engine: UpstreamConfig | None = None
     """A server that samples, ahead by `rollouts.ahead_steps` while the learner computes; its weights are
     renewed by whoever runs it. None: the model itself samples."""
@@ -110,7 +129,7 @@ class TrainStage(Stage, TrainConfig):
         if self.data is None and self.rollouts is None:
             raise ValueError("give one of data and rollouts, or both")
         self._check_whom_objectives_are_of()
-        for field in ("prompts", "rewards", "engine", "reference", "watch"):
+        for field in ("prompts", "rewards", "engine", "watch"):
             if self.rollouts is None and getattr(self, field):
                 raise ValueError(f"{field} goes with rollouts")
         if self.rollouts is not None:
@@ -120,20 +139,52 @@ class TrainStage(Stage, TrainConfig):
                 )
             if not (self.prompts and self.rewards and self.steps):
                 raise ValueError("rollouts need prompts, rewards and steps")
-            try:
-                parse_rewards(self.rewards)
-                if self.watch is not None:
-                    parse_rewards(self.watch.gold, where="watch.gold")
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+            self.check_rewards()
             self._check_what_rollouts_leave_out(self.rollouts)
         if self.watch is not None and self.early_stopping is not None:
             raise ValueError("watch and early_stopping both keep the best parameters: choose one")
         if self.watch is not None and not (
-            self.watch_prompts and self.reference and self.evaluate_every_steps
+            self.watch_prompts and self.has_reference and self.evaluate_every_steps
         ):
             raise ValueError("watch needs watch_prompts, reference and evaluate_every_steps")
         return self
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> TrainStage:
+        ways = ("reference", "reference_folder", "reference_without_lora")
+        given = [name for name in ways if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"there is one reference: give one of {' and '.join(given)}")
+        if self.reference_without_lora and self.lora is None:
+            raise ValueError("reference_without_lora needs lora: without it, the model is its own reference")
+        if self.reference_update is not None:
+            if self.reference_without_lora or not given:
+                raise ValueError(
+                    "reference_update needs a reference with weights of its own: name one, `reference: STAGE`"
+                )
+            if self.watch is not None:
+                raise ValueError("watch measures from a reference that stays: leave reference_update out")
+        if self.held_out_pairs is not None and not self.scalar_head:
+            raise ValueError("held_out_pairs are for reward models: set `scalar_head: true`")
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference is asked while training."""
+        return bool(self.reference or self.reference_folder or self.reference_without_lora)
+
+    def reward_lists(self) -> Mapping[str, Sequence[str | Mapping[str, Any]]]:
+        """See `JudgingStage`."""
+        gold = {} if self.watch is None else {"watch.gold": self.watch.gold}
+        return {**super().reward_lists(), **gold}
+
+    def outside(self) -> Any:
+        """The state of the reference's folder, if it has one."""
+        return None if self.reference_folder is None else folder_state(self.reference_folder)
+
+    def origins(self) -> dict[str, Artifact]:
+        """The reference's folder, where it is an artifact."""
+        return {} if self.reference_folder is None else folder_origin("reference", self.reference_folder)
 
     def _check_what_rollouts_leave_out(self, rollouts: RolloutConfig) -> None:
         if rollouts.advantage.kind == "gae" and not self.scalar_head:
@@ -142,7 +193,7 @@ class TrainStage(Stage, TrainConfig):
             raise ValueError(
                 "advantages compare the samples of a prompt: set rollouts.samples_per_prompt to 2"
             )
-        if rollouts.advantage.beta and not self.reference:
+        if rollouts.advantage.beta and not self.has_reference:
             raise ValueError("rollouts.advantage.beta needs a reference")
         size = f"a step of rollouts is prompts_per_step * samples_per_prompt samples, here {rollouts.samples}"
         for field, why in (("slice_weights", ""), ("curriculum", ""), ("rows_per_step", f": {size}")):
@@ -172,23 +223,19 @@ class TrainStage(Stage, TrainConfig):
         held_out = TokenDataset.open(workplace.input("held_out")) if self.held_out else None
         if held_out is not None and data is not None:
             check_held_out(data, held_out, f"stages.{workplace.name}.held_out")
-        model = open_model(base, dtype=PRECISIONS[self.precision], device=world.device)
+        pairs = self._held_out_pairs(workplace, data)
+        model = self.trainable_model(base, world.device)
         where = f"stages.{workplace.name}"
         if data is None:
             check_context(context_length(model), self.sequence_length, where)
         else:
             check_fit(model, data, self.sequence_length, where)
-        if self.lora:
-            model = apply_lora(model, self.lora, seed=self.seed)
-        if self.scalar_head:
-            attach_scalar_head(model)
-        if self.future_heads:
-            attach_future_heads(model, self.future_heads)
-        teacher = self._teacher(workplace, model)
+        teacher = self._teacher(workplace, base)
+        reference = self._reference(workplace, base, model)
         config = TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
         evaluate = self._evaluation(model, held_out, workplace.world) if held_out is not None else None
         tracker = self._tracker(workplace) if world.is_first else None
-        source, watch = self._source(workplace, model, data, config)
+        source, watch = self._source(workplace, model, data, config, reference)
         outcome = train(
             model,
             source,
@@ -196,6 +243,7 @@ class TrainStage(Stage, TrainConfig):
             workplace.work,
             world=world,
             teacher=teacher,
+            reference=reference,
             evaluate=evaluate,
             watch=watch,
             tracker=tracker,
@@ -214,6 +262,8 @@ class TrainStage(Stage, TrainConfig):
             else:
                 save_model(model, draft.path, tokenizer=load_tokenizer(base))
             self._keep_run(workplace.work, draft, outcome)
+            if pairs is not None:
+                self._calibrate(model, pairs, draft)
             if data is not None:
                 sampler, skipped = config.sampler(), outcome.skipped_windows
                 tokens, steps = workplace.input("data"), outcome.steps
@@ -235,7 +285,6 @@ class TrainStage(Stage, TrainConfig):
             "rewards",
             "prompts",
             "engine",
-            "reference",
             "watch",
             "watch_prompts",
             "blend",
@@ -244,74 +293,139 @@ class TrainStage(Stage, TrainConfig):
         changes = {field: type(self).model_fields[field].get_default() for field in left_out}
         return self.model_copy(update={**changes, "objective": tuple(kept)})
 
+    def trainable_model(self, folder: Path, device: torch.device) -> nn.Module:
+        """The model as training begins: in the stage's precision, with its LoRA and its heads."""
+        model = open_model(folder, dtype=PRECISIONS[self.precision], device=device)
+        if self.lora:
+            model = apply_lora(model, self.lora, seed=self.seed)
+        if self.scalar_head:
+            attach_scalar_head(model)
+        if self.future_heads:
+            attach_future_heads(model, self.future_heads)
+        return model
+
+    def live_reference(
+        self, model: nn.Module, folder: Path | None, device: torch.device, precision: str | None = None
+    ) -> LiveReference | None:
+        """The reference that the stage asks while training, if it asks one.
+
+        Args:
+            model: the one that is trained.
+            folder: that of the reference, where it is another model.
+            device: where that is to be.
+            precision: another than the stage's.
+        """
+        if self.reference_without_lora:
+            return LiveReference(model, lora_off=True)
+        if folder is None:
+            return None
+        own = open_model(folder, dtype=PRECISIONS[precision or self.precision], device=device)
+        return LiveReference(own, update=self.reference_update)
+
+    def _reference(self, workplace: Workplace, base: Path, model: nn.Module) -> LiveReference | None:
+        folder = self.reference_folder or (workplace.input("reference") if self.reference else None)
+        if folder is not None:
+            key = "reference" if self.reference else "reference_folder"
+            check_same_vocabulary(base, folder, f"stages.{workplace.name}.{key}")
+        reference = self.live_reference(model, folder, workplace.world.device)
+        if reference is not None:
+            check_context(context_length(reference.model), self.sequence_length, f"stages.{workplace.name}")
+        return reference
+
+    def _teacher(self, workplace: Workplace, base: Path) -> nn.Module | None:
+        if self.teacher is None:
+            return None
+        folder = workplace.input("teacher")
+        check_same_vocabulary(base, folder, f"stages.{workplace.name}.teacher")
+        return open_model(folder, dtype=PRECISIONS[self.precision], device=workplace.world.device)
+
     def _source(
-        self, workplace: Workplace, model: nn.Module, data: TokenDataset | None, config: TrainConfig
+        self,
+        workplace: Workplace,
+        model: nn.Module,
+        data: TokenDataset | None,
+        config: TrainConfig,
+        reference: LiveReference | None,
     ) -> tuple[TokenDataset | Source, GamingWatch | None]:
         """Where windows come from, and who watches them."""
         if self.rollouts is None:
             assert data is not None
             return data, None
-        rollouts, watch = self._rollouts(workplace, model)
+        rollouts, watch = self._rollouts(workplace, model, reference)
         if data is None:
             return rollouts, watch
         return MixedSource(PackedSource(data, config.sampler()), rollouts), watch
 
-    def _rollouts(self, workplace: Workplace, model: nn.Module) -> tuple[RolloutSource, GamingWatch | None]:
+    def _rollouts(
+        self, workplace: Workplace, model: nn.Module, reference: LiveReference | None
+    ) -> tuple[RolloutSource, GamingWatch | None]:
         """Where samples come from, and who watches them."""
         assert self.rollouts is not None
         tokenizer = load_tokenizer(workplace.input("model"))
-        reference = None
-        if self.reference is not None:
-            dtype = PRECISIONS[self.precision]
-            reference = open_model(workplace.input("reference"), dtype=dtype, device=workplace.world.device)
         longest = self.sequence_length + 1 - self.rollouts.max_new_tokens
-        length, rows = self.sequence_length, self.rows_per_micro_batch
+        length, rows, autocast = self.sequence_length, self.rows_per_micro_batch, self._autocast
+        tools = self.tools(
+            workplace, dtype=PRECISIONS[self.precision], length=length, rows=rows, autocast=autocast
+        )
+        rewards = parse_rewards(self.rewards, tools)
+        said = None if reference is None else partial(reference.column, length, rows, autocast=autocast)
         source = rollout_source(
             read_prompts(workplace.input("prompts"), tokenizer, longest, self.prompt_slices),
             model,
             tokenizer,
-            self.rewards,
+            rewards,
             self.rollouts,
             length,
             rows,
-            reference=reference,
-            reference_id=workplace.inputs["reference"].id if self.reference else "",
+            reference=said,
             upstream=self.engine,
             world=workplace.world,
         )
         if self.watch is None:
             return source, None
-        assert reference is not None
-        watched = read_prompts(workplace.input("watch_prompts"), tokenizer, longest, self.prompt_slices)
-        folder = workplace.work if workplace.world.is_first else None
+        assert said is not None
         return source, gaming_watch(
-            watched,
+            read_prompts(workplace.input("watch_prompts"), tokenizer, longest, self.prompt_slices),
             model,
-            reference,
+            said,
             tokenizer,
-            self.rewards,
+            rewards,
+            parse_rewards(self.watch.gold, tools, where="watch.gold"),
             self.watch,
             self.rollouts,
             length,
             rows,
-            folder,
+            workplace.work if workplace.world.is_first else None,
             workplace.world,
+            autocast=autocast,
         )
 
-    def _teacher(self, workplace: Workplace, student: nn.Module) -> nn.Module | None:
-        if self.teacher is None:
+    @property
+    def _autocast(self) -> bool:
+        return self.precision == "bf16_autocast"
+
+    def _held_out_pairs(self, workplace: Workplace, data: TokenDataset | None) -> TokenDataset | None:
+        """The pairs that a reward model is calibrated on, if there are any."""
+        if self.held_out_pairs is None:
             return None
-        teacher = open_model(
-            workplace.input("teacher"), dtype=PRECISIONS[self.precision], device=workplace.world.device
-        )
-        sizes = [len(find_head(model).w_VD) for model in (student, teacher)]
-        if sizes[0] != sizes[1]:
-            raise BadInput(
-                f"the teacher has {sizes[1]} tokens of vocabulary, the student {sizes[0]}",
-                where=f"stages.{workplace.name}.teacher",
-                fix="distil between models of one tokenizer",
-            )
-        return teacher
+        where = f"stages.{workplace.name}.held_out_pairs"
+        pairs = open_pairs(workplace.input("held_out_pairs"), where)
+        if data is not None:
+            check_held_out(data, pairs, where)
+        check_halves(pairs, where)
+        return pairs
+
+    def _calibrate(self, model: nn.Module, pairs: TokenDataset, draft: Draft) -> None:
+        """Fit the reward model's temperature, and put it beside its weights."""
+        length, rows = self.sequence_length, self.rows_per_micro_batch
+        found = calibrated(pairs, score_rewards(model, length, rows, pairs, autocast=self._autocast))
+        save_calibration(found, draft.path)
+        draft.counts |= {
+            "held_out_pairs": found.pairs,
+            "accuracy": round(found.accuracy, 4),
+            "calibration_error": round(found.ece_after, 4),
+            "temperature": round(found.temperature, 4),
+        }
 
     def _evaluation(self, model: nn.Module, held_out: TokenDataset, world: World) -> Callable[[], Ledger]:
         documents = _first_of_each_slice(held_out, self.held_out_documents)[world.rank :: world.size]
@@ -323,7 +437,7 @@ class TrainStage(Stage, TrainConfig):
                 documents=documents,
                 length=self.sequence_length,
                 rows=self.rows_per_micro_batch,
-                autocast=self.precision == "bf16_autocast",
+                autocast=self._autocast,
             )
             merged = Ledger()
             for rank_bytes in world.gather_bytes(own.to_bytes()):
