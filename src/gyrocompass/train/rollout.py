@@ -197,9 +197,9 @@ class RolloutSource:
         )
 
     def fingerprint(self) -> str:
-        """Of the prompts and their answers, the config, the rewards with what they were told, and whether there is a reference.
+        """Of the prompts and their answers, the config, the rewards and whether there is a reference.
 
-        The engine is not in it: a run may go on with another server of the same model.
+        Rewards are with what they were told. The engine is not in it: a run may go on with another server of the same model.
         """
         prompts = json.dumps(
             [prompt._asdict() | {"reference": dict(prompt.reference)} for prompt in self.prompts],
