@@ -64,7 +64,7 @@ def test_an_answer_without_use_is_asked_for_again() -> None:
         assert ask(server.url, read=needed) == 1
     with ChatServer(Reply("{}")).running() as server, pytest.raises(GyroError) as raised:
         ask(server.url, read=needed, attempts=2)
-    assert "the oracle failed 2 times; the last time: no answer in {}" in str(raised.value)
+    assert "the oracle failed 2 times in a row: no answer in {}" in str(raised.value)
     assert raised.value.fix == "wake it" and raised.value.exit_code == 1
     with ChatServer(Reply("<html>")).running() as server, pytest.raises(GyroError, match="not JSON: <html>"):
         ask(server.url, attempts=1)

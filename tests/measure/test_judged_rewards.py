@@ -70,7 +70,7 @@ def test_passing_failures_are_tried_again_with_longer_waits() -> None:
 
 def test_a_server_that_keeps_failing_is_named() -> None:
     with ChatServer(Reply("broken", 500)).running() as server:
-        with pytest.raises(GyroError, match="failed 3 times; the last time: status 500: broken") as raised:
+        with pytest.raises(GyroError, match="failed 3 times in a row: status 500: broken") as raised:
             judge(server, server={"retries": 2})([Sample("p", "c")])
         assert server.url in str(raised.value) and len(server.asked) == 3
 

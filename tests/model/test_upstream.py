@@ -117,8 +117,7 @@ def test_what_does_not_pass_is_said() -> None:
     with serving((500, {"error": "no memory"})) as (_, config), pytest.raises(GyroError) as raised:
         sampled(config)
     assert (
-        "the engine failed 3 times; the last time: status 500" in str(raised.value)
-        and raised.value.exit_code == 1
+        "the engine failed 3 times in a row: status 500" in str(raised.value) and raised.value.exit_code == 1
     )
 
 

@@ -83,7 +83,7 @@ def post_json(
         except (_MayPass, UselessAnswer) as failure:
             if attempt + 1 == patience.attempts:
                 raise GyroError(
-                    f"{who} failed {patience.attempts} times; the last time: {failure}", where=url, fix=fix
+                    f"{who} failed {patience.attempts} times in a row: {failure}", where=url, fix=fix
                 ) from failure
             said_s = failure.wait_s if isinstance(failure, _MayPass) else None
             sleep(patience.first_wait_s * 2**attempt if said_s is None else said_s)

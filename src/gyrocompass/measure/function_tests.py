@@ -30,13 +30,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gyrocompass.measure.observe_calls import ANSWER
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.code import unit_tests
 from gyrocompass.measure.rewards.registry import Tools
 from gyrocompass.measure.sandbox.run import Program, SandboxConfig, run_many
 
 MOST_TESTS = 6
+ANSWER = "observed: "
+"""The line with which the observer answers begins so."""
 _OBSERVER = Path(__file__).with_name("observe_calls.py")
 
 
@@ -80,6 +81,7 @@ def function_tests(subjects: Sequence[Subject], config: SandboxConfig | None = N
 def _request(subject: Subject, known: Mapping[str, str] | None) -> Program:
     """What proposes calls; with `known` ones, what confirms them and sends the impostors in."""
     asked = {"module": subject.module, "name": subject.name, "most": MOST_TESTS, "known": known}
+    asked["mark"] = ANSWER
     asked["impostors"] = [] if known is None else impostors(subject.code)
     return Program(_OBSERVER.read_text(encoding="utf-8"), stdin=json.dumps(asked))
 

@@ -1,6 +1,6 @@
 """Calls of a function and what they return, observed from inside the sandbox; see `function_tests`.
 
-    stdin: {module, name, most, known, impostors}   --propose or confirm-->   stdout: {call: result}
+    stdin: {module, name, most, known, impostors, mark}   --propose or confirm-->   stdout: mark{call: result}
 
 This is a program and no part of the package: it is run as text, where there is the standard library alone.
 Once it has read what is asked, the module's own output goes nowhere.
@@ -43,8 +43,6 @@ HINTS = (
 )  # fmt: skip
 """What parameters are probably given, by words in their names; a word of one letter is the whole name."""
 
-ANSWER = "observed: "
-"""The line that answers begins so."""
 SECONDS = 0.05
 """For one call."""
 TRIALS = 600
@@ -175,7 +173,7 @@ def main() -> None:
             )
     except BaseException:  # whatever a module does when it is imported
         kept = {}
-    os.write(out, f"\n{ANSWER}{json.dumps(kept)}\n".encode())
+    os.write(out, f"\n{asked['mark']}{json.dumps(kept)}\n".encode())
     os._exit(0)
 
 

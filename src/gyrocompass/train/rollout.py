@@ -199,7 +199,8 @@ class RolloutSource:
     def fingerprint(self) -> str:
         """Of the prompts and their answers, the config, the rewards and whether there is a reference.
 
-        Rewards are with what they were told. The engine is not in it: a run may go on with another server of the same model.
+        Rewards are with what they were told. The engine is not in it: a run may go on with another server of
+        the same model.
         """
         prompts = json.dumps(
             [prompt._asdict() | {"reference": dict(prompt.reference)} for prompt in self.prompts],

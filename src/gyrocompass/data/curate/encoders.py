@@ -16,6 +16,7 @@ Shape legend: D documents, E dimensions, W words.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -27,6 +28,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 from gyrocompass.core.errors import BadInput, MissingDependency, did_you_mean
 from gyrocompass.data.curate.words import mix, text_array, word_hashes
@@ -125,7 +128,17 @@ def _model2vec(folder: Path) -> Encoder:
         from model2vec import StaticModel
     except ImportError as error:
         raise _missing("model2vec") from error
-    model = StaticModel.from_pretrained(folder)
+    # Read here: `from_pretrained` would look a name that is no folder up on a hub.
+    arrays = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = StaticModel(
+        arrays["embeddings"] if "embeddings" in arrays else arrays["embedding.weight"],
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        config,
+        normalize=config.get("normalize", False),
+        weights=arrays.get("weights"),
+        token_mapping=arrays.get("mapping"),
+    )
 
     def encode(texts: Sequence[str]) -> Float32Array:
         vectors = model.encode(list(texts), use_multiprocessing=False)

@@ -1,6 +1,6 @@
 """A small language model of bytes without weights from anywhere: counts of runs, interpolated.
 
-    texts --fit--> NgramModel --save, load--> a .npz of plain arrays --score--> log p of every byte
+    texts --fit--> NgramModel --save, load--> a safetensors file --score--> log p of every byte
 
 The probability of a byte after its k predecessors mixes its share among what followed them in the training
 texts with the probability after k - 1, down to 1/256:
@@ -18,18 +18,19 @@ Shape legend: N bytes of a text, K runs that were seen.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.word_runs import Hashes, prefix_hashes, range_hashes
 
-_FORMAT = 1
+_FORMAT = "1"
 
 
 class ByteScores(NamedTuple):
@@ -107,13 +108,13 @@ class NgramModel:
             yield ByteScores(np.ones(len(p_N), np.int64), np.log(p_N))
 
     def save(self, path: Path) -> None:
-        """Write it to a `.npz` file."""
-        arrays = {"format": np.array(_FORMAT), "smoothing": np.array(self.smoothing)}
+        """Write it to a safetensors file."""
+        arrays: dict[str, NDArray[Any]] = {}
         for name, levels in (("run", self._runs), ("context", self._contexts)):
             for size, counts in enumerate(levels, 1):
                 arrays |= {f"{name}_hash_{size}": counts.hash_K, f"{name}_count_{size}": counts.count_K}
-        with path.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        about = {"format": _FORMAT, "order": str(len(self._runs)), "smoothing": repr(self.smoothing)}
+        save_file(arrays, path, metadata=about)
 
     @classmethod
     def load(cls, path: Path) -> NgramModel:
@@ -123,21 +124,21 @@ class NgramModel:
             BadInput: the file cannot be read, or is something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if int(file["format"]) != _FORMAT:
-                    raise BadInput(
-                        "a model of runs in a format of another version", where=path, fix="fit it again"
-                    )
-                order = sum(name.startswith("run_hash_") for name in file.files)
+            with safe_open(path, framework="numpy") as file:
+                about = file.metadata() or {}
+                if about.get("format") != _FORMAT:
+                    raise BadInput("not a model of runs of this version", where=path, fix="fit it again")
                 levels = [
                     [
-                        _Counts(file[f"{name}_hash_{size}"], file[f"{name}_count_{size}"])
-                        for size in range(1, order + 1)
+                        _Counts(
+                            file.get_tensor(f"{name}_hash_{size}"), file.get_tensor(f"{name}_count_{size}")
+                        )
+                        for size in range(1, int(about["order"]) + 1)
                     ]
                     for name in ("run", "context")
                 ]
-                return cls(levels[0], levels[1], float(file["smoothing"]))
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+                return cls(levels[0], levels[1], float(about["smoothing"]))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise BadInput(
                 f"not a model of runs: {error}", where=path, fix="give what NgramModel.save wrote"
             ) from None
