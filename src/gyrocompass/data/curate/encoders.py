@@ -29,7 +29,6 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
 
 from gyrocompass.core.errors import BadInput, MissingDependency, did_you_mean
 from gyrocompass.data.curate.words import mix, text_array, word_hashes
@@ -126,6 +125,7 @@ def _minilm() -> Encoder:
 def _model2vec(folder: Path) -> Encoder:
     try:
         from model2vec import StaticModel
+        from tokenizers import Tokenizer
     except ImportError as error:
         raise _missing("model2vec") from error
     # Read here: `from_pretrained` would look a name that is no folder up on a hub.
