@@ -26,13 +26,13 @@ from gyrocompass.measure.alignment import calibration, expected_calibration_erro
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.reward_calibration import FILE, load_calibration
 from gyrocompass.model.columns import score_rewards
+from gyrocompass.model.open import open_model
 from gyrocompass.model.reward_model import RewardModel
 from gyrocompass.recipe.plan import Done, execute
 from gyrocompass.recipe.recipe import Recipe, load_recipe, recipe_from
 from gyrocompass.recipe.report_training import trainings
 from gyrocompass.recipe.run import read_run, run_recipe
 from gyrocompass.recipe.stage import Stage, Workplace
-from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.pairs import check_halves, groups_of, margins
 from gyrocompass.recipe.stages.rollouts import read_prompts
 from gyrocompass.train.distributed import World

@@ -20,12 +20,13 @@ from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.data.document import read_documents
 from gyrocompass.model.future_heads import attach_future_heads
+from gyrocompass.model.open import ADAPTER, open_model
 from gyrocompass.recipe.plan import Done, execute, order
 from gyrocompass.recipe.recipe import load_recipe, recipe_from
 from gyrocompass.recipe.run import read_run, run_recipe
 from gyrocompass.recipe.stage import Stage
 from gyrocompass.recipe.stages.corpus import PairsStage
-from gyrocompass.recipe.stages.model import ADAPTER, ImportedModelStage, open_model
+from gyrocompass.recipe.stages.model import ImportedModelStage
 from gyrocompass.train.distributed import World
 from gyrocompass.train.metrics import read_metrics
 from tiny_recipe import FinishedRun

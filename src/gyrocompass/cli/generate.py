@@ -11,7 +11,7 @@ from rich.console import Console
 from gyrocompass.cli.model import model_folder
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.model.generate import generate as complete
-from gyrocompass.recipe.stages.model import open_model
+from gyrocompass.model.open import open_model
 
 
 def generate(options: argparse.Namespace) -> int:

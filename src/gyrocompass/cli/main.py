@@ -24,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     # How long an idle thread of torch spins before it sleeps: decision 0008. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["lm-eval"]:  # all that follows is the harness's own, `--help` too
+        options = argparse.Namespace(verb="lm-eval", arguments=given[1:])
+    else:
+        options = parser().parse_args(given)
     if options.verb is None:
         parser().print_help()
         return BadInput.exit_code
@@ -71,11 +75,11 @@ def _load(verb: str) -> Callable[[argparse.Namespace], int]:
     from importlib import import_module
 
     module = import_module(f"gyrocompass.cli.{_MODULES.get(verb, verb)}")
-    function: Callable[[argparse.Namespace], int] = getattr(module, verb)
+    function: Callable[[argparse.Namespace], int] = getattr(module, verb.replace("-", "_"))
     return function
 
 
-_MODULES = {"demo": "run", "train": "run", "report": "run"}
+_MODULES = {"lm-eval": "lm_eval", "demo": "run", "train": "run", "report": "run"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_score(verbs)
     _add_generate(verbs)
+    _add_lm_eval(verbs)
     _add_verify(verbs)
     _add_data(verbs)
     _add_lineage(verbs)
@@ -155,6 +160,10 @@ def _add_generate(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--json", action="store_true", help="print JSON with tokens and log-probabilities")
     _store_options(verb)
+
+
+def _add_lm_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    _add(verbs, "lm-eval", "run lm-evaluation-harness, which then knows `--model gyro`")
 
 
 def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:

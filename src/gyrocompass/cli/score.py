@@ -26,9 +26,9 @@ from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.table import print_scores
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.head import context_length
+from gyrocompass.model.open import open_model
 from gyrocompass.model.score import ScoredTokens, add_scored, evaluating, scored_tokens
 from gyrocompass.recipe.finetune import LONGEST_ROW
-from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.train.config import PRECISIONS
 
 ROWS = 8

@@ -20,7 +20,8 @@ from pydantic import create_model
 from gyrocompass.core.config import Config, parse
 from gyrocompass.core.errors import ConfigError, did_you_mean
 from gyrocompass.measure.reward import Part, Sample, WeightedSum
-from gyrocompass.measure.rewards import code as code  # these register themselves
+from gyrocompass.measure.rewards import answers as answers  # these register themselves
+from gyrocompass.measure.rewards import code as code
 from gyrocompass.measure.rewards import judged as judged
 from gyrocompass.measure.rewards import text as text
 from gyrocompass.measure.rewards.registry import REWARDS, Registered, Tools

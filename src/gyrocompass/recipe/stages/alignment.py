@@ -42,6 +42,7 @@ from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.measure.rewards.registry import REWARDS
 from gyrocompass.model.columns import FloatArray, score_logprobs, score_rewards
 from gyrocompass.model.fit import check_fit
+from gyrocompass.model.open import open_model
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import (
     ModelName,
@@ -51,7 +52,6 @@ from gyrocompass.recipe.stage import (
     Workplace,
 )
 from gyrocompass.recipe.stages.judging import JudgingStage
-from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.pairs import groups_of, margins, open_pairs
 from gyrocompass.recipe.stages.rollouts import decoder, engine, read_prompts
 from gyrocompass.train.answers import Prompt

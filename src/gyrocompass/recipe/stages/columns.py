@@ -20,9 +20,9 @@ from gyrocompass.data.curriculum import REFERENCE
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.model.columns import score_logprobs
 from gyrocompass.model.fit import check_fit
+from gyrocompass.model.open import open_model
 from gyrocompass.model.teacher import with_teacher
 from gyrocompass.recipe.stage import ModelName, Stage, TokensName, Workplace
-from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.recipe.stages.tokens import write_again
 from gyrocompass.train.config import PRECISIONS
 

@@ -29,10 +29,11 @@ from gyrocompass.measure.rewards.entries import parse_rewards, reward_models
 from gyrocompass.measure.rewards.registry import Scorer, Tools
 from gyrocompass.model.fit import check_context
 from gyrocompass.model.head import context_length
+from gyrocompass.model.open import open_model
 from gyrocompass.model.reward_model import RewardModel
 from gyrocompass.model.scalar_head import has_scalar_head
 from gyrocompass.recipe.stage import Stage, Workplace
-from gyrocompass.recipe.stages.model import check_same_vocabulary, open_model
+from gyrocompass.recipe.stages.model import check_same_vocabulary
 from gyrocompass.train.config import placed
 
 REWARD_MODEL = ("model",)

@@ -15,12 +15,9 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.measure.reward_calibration import copy_calibration
 from gyrocompass.model.gguf import convert_gguf, package_file
-from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
-from gyrocompass.model.lora import load_adapter, merged
+from gyrocompass.model.load import new_causal_lm, save_model
+from gyrocompass.model.open import open_model
 from gyrocompass.recipe.stage import Stage, TokenizerName, Workplace
-
-ADAPTER = "adapter"
-"""The folder of an unmerged LoRA adapter within a model artifact."""
 
 
 class NewModelStage(Stage):
@@ -136,12 +133,6 @@ def folder_state(folder: Path) -> list[list[Any]]:
 def folder_origin(role: str, folder: Path) -> dict[str, Artifact]:
     """A model's folder as a parent in a role, where it is an artifact."""
     return {role: read_artifact(folder, kind="model")} if (folder / MANIFEST).is_file() else {}
-
-
-def open_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """Load a model artifact; a LoRA adapter that was saved beside the weights is merged in."""
-    model = load_causal_lm(folder, dtype=dtype, device=device)
-    return merged(load_adapter(model, folder / ADAPTER)) if (folder / ADAPTER).is_dir() else model
 
 
 def check_same_vocabulary(one: Path, other: Path, where: str) -> None:

@@ -13,9 +13,9 @@ from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.generate import generate
+from gyrocompass.model.open import open_model
 from gyrocompass.model.score import score_dataset
 from gyrocompass.recipe.stage import ModelName, Stage, TokensNames, Workplace
-from gyrocompass.recipe.stages.model import open_model
 from gyrocompass.train.config import PRECISIONS
 
 

@@ -39,6 +39,7 @@ from gyrocompass.model.future_heads import attach_future_heads, save_future_head
 from gyrocompass.model.head import context_length
 from gyrocompass.model.load import save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
+from gyrocompass.model.open import ADAPTER, open_model
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
 from gyrocompass.model.upstream import UpstreamConfig
@@ -51,12 +52,10 @@ from gyrocompass.recipe.stage import (
 )
 from gyrocompass.recipe.stages.judging import JudgingStage
 from gyrocompass.recipe.stages.model import (
-    ADAPTER,
     check_same_vocabulary,
     copy_model,
     folder_origin,
     folder_state,
-    open_model,
 )
 from gyrocompass.recipe.stages.pairs import calibrated, check_halves, open_pairs
 from gyrocompass.recipe.stages.rollouts import gaming_watch, read_prompts, rollout_source

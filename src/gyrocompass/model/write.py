@@ -1,0 +1,146 @@
+"""A model as measures receive it where it has to write or to go on from a context.
+
+    model, tokenizer --writer---------------> Generate            (`measure.generate`)
+    model, tokenizer --continuation_scorer--> ScoreContinuations  (`measure.tasks.run`)
+    model, pairs of ids --score_pairs-------> TokenScores of each second part
+
+Texts come from the rollouts' engine (`sampler`), which refills its slots; what is told of their tokens comes
+from one teacher-forced pass by the primitive (law 3), so it is of the untouched distribution at any
+temperature. A continuation is tokenised together with its context; white space at the context's end belongs
+to the continuation, and a token that holds characters of both counts with the context.
+
+Shape legend: N tokens of one text, K counted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gyrocompass.data.document import Message
+from gyrocompass.data.encode import prompt_ids
+from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.measure.generate import Generate, Writing, Written, cut_at
+from gyrocompass.measure.score import TokenScores
+from gyrocompass.measure.tasks.run import ScoreContinuations
+from gyrocompass.model.head import context_length
+from gyrocompass.model.sampler import Sampling, end_ids, sample
+from gyrocompass.model.score import evaluating, scored_tokens
+
+Pair = tuple[Sequence[int], Sequence[int]]
+CHUNK = 256
+"""Pairs that are packed and scored together."""
+
+
+def writer(model: nn.Module, tokenizer: Any, *, slots: int = 16, rows: int = 8) -> Generate:
+    """A model that writes.
+
+    Args:
+        model: as for `log_probs`.
+        tokenizer: the model's; with a chat template if prompts are to be put into it.
+        slots: texts that are written at the same time.
+        rows: rows in a batch of the pass that scores them.
+    """
+    ends = end_ids(model, tokenizer)
+
+    def generate(prompts: Sequence[str], writing: Writing) -> list[list[Written]]:
+        asked = [prompt_ids(tokenizer, [Message("user", text)] if writing.chat else text) for text in prompts]
+        repeated = [ids for ids in asked for _ in range(writing.samples)]
+        seeds = [writing.seed * 1_000_003 + number for number in range(len(repeated))]
+        sampling = Sampling(writing.max_new_tokens, ends, writing.temperature)
+        drawn = sample(model, repeated, seeds, sampling, slots=slots)
+        pairs = [(ids, one.token_ids) for ids, one in zip(repeated, drawn, strict=True)]
+        scores = score_pairs(model, pairs, length=context_length(model), rows=rows)
+        found = []
+        for one, scored in zip(drawn, scores, strict=True):
+            text, stopped = cut_at(tokenizer.decode(one.token_ids, skip_special_tokens=True), writing.stop)
+            count = _tokens_until(tokenizer, one.token_ids, writing.stop) if stopped else len(one.token_ids)
+            found.append(
+                Written(text, scored.logprob_N[:count], scored.entropy_N[:count], stopped or one.finished)
+            )
+        return [found[start : start + writing.samples] for start in range(0, len(found), writing.samples)]
+
+    return generate
+
+
+def _tokens_until(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> int:
+    """How many tokens it takes until a stop stands in the text."""
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if cut_at(tokenizer.decode(ids[:middle], skip_special_tokens=True), stop)[1]:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def continuation_scorer(
+    model: nn.Module, tokenizer: Any, *, length: int, rows: int = 8, autocast: bool = False
+) -> ScoreContinuations:
+    """A model that goes on from contexts; arguments as for `score.scorer`.
+
+    Of a context that is too long the end is kept.
+    """
+
+    def pairs(texts: Iterable[tuple[str, str]]) -> Iterator[Pair]:
+        for context, continuation in texts:
+            yield continuation_ids(lambda text: prompt_ids(tokenizer, text), context, continuation)
+
+    def score(texts: Iterable[tuple[str, str]]) -> Iterator[TokenScores]:
+        yield from score_pairs(model, pairs(texts), length=length, rows=rows, autocast=autocast)
+
+    return score
+
+
+def continuation_ids(encode: Callable[[str], list[int]], context: str, continuation: str) -> Pair:
+    """The tokens of a context and of what follows it, tokenised together."""
+    kept = context.rstrip()
+    before, whole = encode(kept), encode(context + continuation)
+    return before, whole[len(before) :]
+
+
+def score_pairs(
+    model: nn.Module, pairs: Iterable[Pair], *, length: int, rows: int = 8, autocast: bool = False
+) -> Iterator[TokenScores]:
+    """The tokens of each second part, predicted after the first.
+
+    Args:
+        model: as for `log_probs`.
+        pairs: ids; the first part has at least one. The end of what is longer than `length` + 1 is kept.
+        length: positions in a row.
+        rows: rows in a batch.
+        autocast: compute as bf16 autocast does.
+    """
+    remaining = iter(pairs)
+    while chunk := list(islice(remaining, CHUNK)):
+        counts = [min(len(second), length) for _, second in chunk]
+        dataset = TokenDataset.of(
+            _row(str(place), [*first, *second][-(length + 1) :], count)
+            for place, ((first, second), count) in enumerate(zip(chunk, counts, strict=True))
+        )
+        with evaluating(model):
+            parts = list(scored_tokens(model, dataset, length, rows, autocast=autocast))
+        index_K = np.concatenate([part.index_K for part in parts]) if parts else np.zeros(0, np.int64)
+        order = np.argsort(index_K)
+        columns = [
+            np.concatenate([getattr(part, name) for part in parts])[order] if parts else np.zeros(0)
+            for name in ("logprob_K", "entropy_K", "rank_K")
+        ]
+        ids = dataset.id_N[index_K[order]].astype(np.int64)
+        start = 0
+        for count in counts:
+            own = slice(start, start := start + count)
+            logprob_N, entropy_N, rank_N = (column[own] for column in columns)
+            yield TokenScores(
+                ids[own], np.zeros(count, np.int64), logprob_N, entropy_N, rank_N.astype(np.int64)
+            )
+
+
+def _row(name: str, ids: Sequence[int], count: int) -> TokenRow:
+    weights = [0.0] * (len(ids) - count) + [1.0] * count
+    return TokenRow(name, "", "", ids, [0] * len(ids), weights)
