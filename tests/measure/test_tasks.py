@@ -26,7 +26,7 @@ from gyrocompass.measure.tasks.task import AnswerTask, ChoiceTask, read_items, r
 def by_letters(likes: dict[str, float]) -> object:
     """A fake: each byte of a continuation costs a nat, less what the model likes about a text."""
 
-    def score(pairs: Iterable[tuple[str, str]]) -> Iterator[TokenScores]:
+    def score(pairs: Iterable[tuple[str, str]], *, chat: bool = False) -> Iterator[TokenScores]:
         for _, continuation in pairs:
             n = len(continuation.encode())
             logprob_N = np.full(n, -1.0)

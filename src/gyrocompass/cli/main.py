@@ -79,7 +79,14 @@ def _load(verb: str) -> Callable[[argparse.Namespace], int]:
     return function
 
 
-_MODULES = {"lm-eval": "lm_eval", "demo": "run", "train": "run", "report": "run"}
+_MODULES = {
+    "eval": "judge",
+    "calibrate": "judge",
+    "lm-eval": "lm_eval",
+    "demo": "run",
+    "train": "run",
+    "report": "run",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_score(verbs)
     _add_generate(verbs)
+    _add_eval(verbs)
     _add_lm_eval(verbs)
     _add_verify(verbs)
     _add_data(verbs)
@@ -160,6 +168,21 @@ def _add_generate(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--json", action="store_true", help="print JSON with tokens and log-probabilities")
     _store_options(verb)
+
+
+def _add_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    for name, sentence in (
+        ("eval", "evaluate a model on tasks and held-out files, with intervals"),
+        ("calibrate", "find out how far a model's confidence can be trusted, and make it better"),
+    ):
+        verb = _add(verbs, name, sentence)
+        verb.add_argument("model", help="a model folder, or an artifact id")
+        verb.add_argument("--tasks", type=_path, nargs="+", default=[], help="YAML files of tasks")
+        verb.add_argument(
+            "--data", type=_path, nargs="+", default=[], help="files that the model was not trained on"
+        )
+        _set_option(verb)
+        _store_options(verb)
 
 
 def _add_lm_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:

@@ -291,6 +291,20 @@ def scored_tokens(
         yield _counted(batch, answer, index_T)
 
 
+def top_tokens(
+    model: nn.Module, dataset: TokenDataset, length: int, rows: int
+) -> Iterator[tuple[ScoredTokens, NDArray[np.float64]]]:
+    """As `scored_tokens`, with the log-probability of the model's first choice for each, [K]."""
+    device = next(model.parameters()).device
+    for batch, index_T in batches_of(dataset, length, rows, device=device):
+        with torch.no_grad():
+            answer = log_probs(model, batch, want=("entropy", "rank"), n_top=1)
+        scored = _counted(batch, answer, index_T)
+        assert answer.top_TK is not None
+        counted_T = batch.weight_T > 0
+        yield scored, answer.top_TK[counted_T, 0].double().cpu().numpy()
+
+
 def batches_of(
     dataset: TokenDataset,
     length: int,

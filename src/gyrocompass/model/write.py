@@ -7,7 +7,8 @@
 Texts come from the rollouts' engine (`sampler`), which refills its slots; what is told of their tokens comes
 from one teacher-forced pass by the primitive (law 3), so it is of the untouched distribution at any
 temperature. A continuation is tokenised together with its context; white space at the context's end belongs
-to the continuation, and a token that holds characters of both counts with the context.
+to the continuation, and a token that holds characters of both counts with the context. In a chat the answer
+begins where the template lets the assistant speak.
 
 Shape legend: N tokens of one text, K counted tokens.
 """
@@ -87,12 +88,16 @@ def continuation_scorer(
     Of a context that is too long the end is kept.
     """
 
-    def pairs(texts: Iterable[tuple[str, str]]) -> Iterator[Pair]:
+    def ids(texts: Iterable[tuple[str, str]], chat: bool) -> Iterator[Pair]:
         for context, continuation in texts:
-            yield continuation_ids(lambda text: prompt_ids(tokenizer, text), context, continuation)
+            if chat:
+                answer = prompt_ids(tokenizer, continuation.lstrip())[1:]
+                yield prompt_ids(tokenizer, [Message("user", context)]), answer
+            else:
+                yield continuation_ids(lambda text: prompt_ids(tokenizer, text), context, continuation)
 
-    def score(texts: Iterable[tuple[str, str]]) -> Iterator[TokenScores]:
-        yield from score_pairs(model, pairs(texts), length=length, rows=rows, autocast=autocast)
+    def score(pairs: Iterable[tuple[str, str]], *, chat: bool = False) -> Iterator[TokenScores]:
+        yield from score_pairs(model, ids(pairs, chat), length=length, rows=rows, autocast=autocast)
 
     return score
 

@@ -22,8 +22,10 @@ from gyrocompass.core.config import Config, LoadedYaml, MistakesBelow, load_yaml
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.recipe.mistakes import input_mistakes, reference_mistakes
 from gyrocompass.recipe.stages.alignment import AlignmentStage
+from gyrocompass.recipe.stages.calibration import CalibrationStage
 from gyrocompass.recipe.stages.columns import ReferenceStage, TeacherTopKStage
 from gyrocompass.recipe.stages.corpus import CuratedStage, DocumentsStage, PairsStage, SplitStage
+from gyrocompass.recipe.stages.evaluation import EvaluationStage
 from gyrocompass.recipe.stages.function_tests import FunctionTestsStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
 from gyrocompass.recipe.stages.preference import PreferencesStage
@@ -50,6 +52,8 @@ AnyStage = Annotated[
     | TrainStage
     | ScoreStage
     | AlignmentStage
+    | EvaluationStage
+    | CalibrationStage
     | CompletionsStage,
     Field(discriminator="kind"),
 ]

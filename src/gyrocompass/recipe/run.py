@@ -24,6 +24,7 @@ from gyrocompass.recipe.plan import Done, execute, plan
 from gyrocompass.recipe.recipe import Recipe
 from gyrocompass.recipe.record import RECORD, RunRecord, StageRecord
 from gyrocompass.recipe.report import print_report, write_report
+from gyrocompass.recipe.report_judgement import print_judgements, write_judgements
 from gyrocompass.train.distributed import world_from_environment
 
 
@@ -57,7 +58,11 @@ def run_recipe(recipe: Recipe, store: Store, console: Console) -> Path:
 def show(record: RunRecord, store: Store, console: Console) -> None:
     """Print a run's table and write its HTML report."""
     print_report(record, store, console)
-    path = write_report(record, store, run_folder(store, record.recipe))
+    print_judgements(record, store, console)
+    folder = run_folder(store, record.recipe)
+    path = write_report(record, store, folder)
+    for page in write_judgements(record, store, folder):
+        console.print(f"{page.stem}: {page}", highlight=False, soft_wrap=True)
     reused = sum(stage.reused for stage in record.stages)
     console.print(
         f"\n{len(record.stages)} stages in {record.seconds:.0f} s, {reused} of them reused. Report: {path}",

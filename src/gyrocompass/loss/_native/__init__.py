@@ -50,6 +50,8 @@ _LOWEST_X = -200.0
 """exp of less is 0 in the operators."""
 _KEPT_BYTES = 40 << 20
 """Of logits that the fused route keeps."""
+_WIDE = 1024
+"""From this width of a bf16 head on, adding to its gradient block by block costs less than a product."""
 _FEWEST_ROWS = 192
 """Of a block of them: with fewer, reading the head and adding to its gradient for each block takes longer
 than making logits twice."""
@@ -123,12 +125,12 @@ class NativeBackend:
 def _rows_to_keep(logits: Logits, needs: Needs) -> int:
     """How many rows' logits are kept at once; 0 where two passes are as fast.
 
-    Where a bf16 head has a gradient, each block adds to it: matrix units are so fast that making logits once
-    more costs less.
+    Where a bf16 head has a gradient, each block adds to it: for a narrow head, and with matrix units, making
+    logits once more costs less (decision 0020).
     """
     n_rows, room = len(logits.h_ND), _KEPT_BYTES
     if logits.h_ND.dtype == torch.bfloat16 and (needs.w or (needs.low_rank and logits.b_VR is not None)):
-        if _has_matrix_units():
+        if _has_matrix_units() or logits.w_VD.shape[1] < _WIDE:
             return 0
         room = max(room, logits.w_VD.nbytes // 2)
     most = room // (4 * len(logits.w_VD)) // 32 * 32

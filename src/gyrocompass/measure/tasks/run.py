@@ -24,8 +24,8 @@ Shape legend: C choices of an item.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,15 @@ from gyrocompass.measure.score import TokenScores
 from gyrocompass.measure.tasks.task import AnswerTask, ChoiceTask, Item, Task
 
 FloatArray = NDArray[np.float64]
-ScoreContinuations = Callable[[Iterable[tuple[str, str]]], Iterator[TokenScores]]
-"""(context, continuation) to the scores of the continuation's tokens."""
+
+
+class ScoreContinuations(Protocol):
+    """How likely texts are after others."""
+
+    def __call__(self, pairs: Iterable[tuple[str, str]], *, chat: bool = False) -> Iterator[TokenScores]:
+        """(context, continuation) to the scores of the continuation's tokens; contexts of a chat are what the
+        user says."""
+
 
 RULES = ("accuracy", "accuracy by bytes", "accuracy by tokens", "accuracy against none")
 ASKED_BACK = "{prompt}{answer}\nIs this answer right? Answer yes or no.\nAnswer:"
@@ -105,7 +112,7 @@ def answer_choices(task: ChoiceTask, items: Sequence[Item], score: ScoreContinua
     """See the module."""
     asked = [(item.prompt, task.delimiter + choice) for item in items for choice in item.choices]
     alone = [(task.unconditional, task.delimiter + choice) for item in items for choice in item.choices]
-    given, without = list(score(asked)), list(score(alone))
+    given, without = list(score(asked, chat=task.chat)), list(score(alone, chat=task.chat))
     right: dict[str, list[float]] = {rule: [] for rule in RULES}
     outcomes: list[Outcome] = []
     shown: list[dict[str, object]] = []
@@ -200,7 +207,9 @@ def _outcomes(
             for item, ones in zip(items, written, strict=True)
             for choice in (" yes", " no")
         ]
-        sums = np.array([float(scores.logprob_N.sum()) for scores in score(asked)]).reshape(-1, 2)
+        sums = np.array([float(scores.logprob_N.sum()) for scores in score(asked, chat=task.chat)]).reshape(
+            -1, 2
+        )
         for found, (yes, no) in zip(signals, sums.tolist(), strict=True):
             found["p(true)"] = 1 / (1 + math.exp(min(no - yes, 700.0)))
     return [

@@ -38,6 +38,8 @@ class TaskBase(Config):
     """Records, one JSON object a line; relative to the task's file."""
     prompt: str = "{prompt}"
     """What is asked, with fields of the record in braces; `{{` is a brace."""
+    chat: bool = False
+    """Put the prompt into the chat template, as what the user says."""
     most: int | None = Field(default=None, ge=1)
     """Ask only the first so many."""
 
@@ -81,8 +83,6 @@ class AnswerTask(TaskBase):
     `refuses_rightly`, `supported`, ... (docs/evaluation.md)."""
     correct: str | None = None
     """The metric that decides whether an answer is right, at 1; None: the first."""
-    chat: bool = False
-    """Put the prompt into the chat template."""
     max_new_tokens: int = Field(default=64, ge=1)
     stop: tuple[str, ...] = ()
     samples: int = Field(default=1, ge=1)

@@ -1,0 +1,266 @@
+"""Judging a model: what it scores on held-out texts and on tasks.
+
+    model, tasks, held-out tokens and answers --evaluation--> evaluation.json, outcomes.parquet, ledger
+
+An outcome is an answer with a confidence, right or wrong, at one of three levels: a token (the model's first
+choice, its probability), a choice among given answers, an answer that it wrote. Calibration
+(`calibration.py`) is fitted on them.
+
+Shape legend: K counted tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+
+from gyrocompass.core.artifact import Artifact, Draft
+from gyrocompass.core.errors import BadInput
+from gyrocompass.core.store import Store
+from gyrocompass.data.document import Document, read_documents
+from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.measure.intervals import slice_scores
+from gyrocompass.measure.ledger import Ledger
+from gyrocompass.measure.memorisation import verbatim
+from gyrocompass.measure.tasks.run import Outcome, TaskResult, ask
+from gyrocompass.measure.tasks.task import ChoiceTask, Item, Task, read_items, read_tasks
+from gyrocompass.model.fit import check_fit
+from gyrocompass.model.head import context_length
+from gyrocompass.model.open import open_model
+from gyrocompass.model.score import add_scored, evaluating, top_tokens
+from gyrocompass.model.write import continuation_scorer, writer
+from gyrocompass.recipe.stage import (
+    ModelName,
+    OptionalDocumentsName,
+    OptionalTokensName,
+    Reference,
+    Stage,
+    Workplace,
+)
+from gyrocompass.train.config import PRECISIONS
+
+EVALUATION, OUTCOMES = "evaluation.json", "outcomes.parquet"
+EvaluationName = Annotated[str, Reference(("evaluation",))]
+TRAINED_ON = {"data", "prompts"}
+"""Roles of a model's parents that it learned from."""
+
+
+# --- evaluation ---
+
+
+class EvaluationStage(Stage):
+    """What a model scores; at least one of `tasks`, `held_out` and `answers` is given."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    makes: ClassVar[str] = "evaluation"
+    model: ModelName
+    tasks: tuple[Path, ...] = ()
+    """Files of tasks (docs/evaluation.md)."""
+    held_out: OptionalTokensName = None
+    """Tokens that the model was not trained on: nats per token, and its first choices as outcomes."""
+    answers: OptionalDocumentsName = None
+    """Conversations that it was not trained on: which of several answers belongs to a question?"""
+    trained: OptionalDocumentsName = None
+    """Texts that it was trained on: how far does it recite them?"""
+    choices: int = Field(default=4, ge=2)
+    most_items: int = Field(default=200, ge=1)
+    most_tokens: int = Field(default=40_000, ge=1)
+    """Of held-out tokens that become outcomes."""
+    most_recited: int = Field(default=16, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    rows_per_batch: int = Field(default=8, ge=1)
+    precision: Literal["float64", "float32", "bf16"] = "float32"
+
+    def outside(self) -> Any:
+        """The content of the tasks' files and of their records."""
+        found = {}
+        for path in self.tasks:
+            own = [path, *(task.data for task in read_tasks(path))]
+            found[str(path)] = [hashlib.sha256(one.read_bytes()).hexdigest() for one in own if one.is_file()]
+        return found
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """See the module."""
+        if not (self.tasks or self.held_out or self.answers):
+            raise BadInput(
+                "there is nothing to evaluate on",
+                where=f"stages.{workplace.name}",
+                fix="give tasks, held_out or answers",
+            )
+        asked = [(task, read_items(task)) for path in self.tasks for task in read_tasks(path)]
+        folder, where = workplace.input("model"), f"stages.{workplace.name}"
+        if self.answers is not None:
+            documents = list(read_documents(workplace.input("answers")))
+            check_not_trained_on(workplace.store, workplace.inputs["model"], documents, f"{where}.answers")
+            asked += _which_answer(documents, self.choices, self.most_items)
+        device = workplace.world.device
+        model = open_model(folder, dtype=PRECISIONS[self.precision], device=device)
+        tokenizer = load_tokenizer(folder)
+        length = min(self.sequence_length, context_length(model))
+        score = continuation_scorer(model, tokenizer, length=length, rows=self.rows_per_batch)
+        write = writer(model, tokenizer, rows=self.rows_per_batch)
+        results = []
+        for task, items in asked:
+            progress = workplace.progress.task(f"{workplace.name}: {task.name}", len(items))
+            results.append(ask(task, items, score, write))
+            progress.advance(len(items))
+            progress.finish()
+        outcomes = [outcome for result in results for outcome in result.outcomes]
+        found: dict[str, Any] = {
+            "tasks": [_told(result) for result in results],
+            "likelihood": [],
+            "recited": [],
+        }
+        if self.held_out is not None:
+            data = TokenDataset.open(workplace.input("held_out"))
+            check_fit(model, data, length, where)
+            ledger = Ledger()
+            outcomes += self._token_outcomes(model, data, length, ledger)
+            ledger.save(draft.path / "ledger.parquet")
+            found["likelihood"] = [row._asdict() for row in slice_scores(ledger)]
+        if self.trained is not None:
+            texts = [(d.id, d.text) for d in read_documents(workplace.input("trained")) if d.kind == "text"]
+            texts = sorted(texts, key=lambda one: hashlib.sha256(one[0].encode()).digest())[
+                : self.most_recited
+            ]
+            found["recited"] = [one._asdict() for one in verbatim(write, texts)]
+        _write_outcomes(outcomes, draft.path / OUTCOMES)
+        (draft.path / EVALUATION).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        draft.counts |= {"tasks": len(results), "outcomes": len(outcomes)}
+
+    def _token_outcomes(
+        self, model: torch.nn.Module, data: TokenDataset, length: int, ledger: Ledger
+    ) -> Iterator[Outcome]:
+        """Every token into the ledger; of evenly many of each document, the first choice as an outcome."""
+        step = max(1, data.n_targets // self.most_tokens)
+        with evaluating(model):
+            for part, top_K in top_tokens(model, data, length, self.rows_per_batch):
+                add_scored(ledger, data, part)
+                for place in range(0, len(part.index_K), step):
+                    document = int(part.document_K[place])
+                    yield Outcome(
+                        task="held-out text",
+                        item=str(int(part.index_K[place])),
+                        slice=data.slice_names[data.slice_D[document]],
+                        group=data.groups[document],
+                        level="token",
+                        signal="probability",
+                        confidence=float(np.exp(top_K[place])),
+                        correct=bool(part.rank_K[place] == 0),
+                        length=1,
+                    )
+
+
+def check_not_trained_on(store: Store, model: Artifact, documents: Sequence[Document], where: str) -> None:
+    """Refuse documents that the model, or one that it began as, has learned from, by lineage.
+
+    Raises:
+        BadInput: they are among them.
+    """
+    learned = trained_on(store, model)
+    both = sorted({document.id for document in documents} & learned)
+    if both:
+        raise BadInput(
+            f"{len(both)} of {len(documents)} documents are what the model learned from: "
+            + ", ".join(both[:3])
+            + (", ..." if len(both) > 3 else ""),
+            where=where,
+            fix="evaluate and calibrate on documents that were held out",
+        )
+
+
+def trained_on(store: Store, model: Artifact) -> set[str]:
+    """The ids of all documents that a model has learned from, as far as its ancestors list them."""
+    found: set[str] = set()
+    seen: set[str] = set()
+
+    def visit(artifact_id: str, learns: bool) -> None:
+        if artifact_id in seen:
+            return
+        seen.add(artifact_id)
+        try:
+            artifact = store.open(artifact_id, verify=False)
+        except BadInput:
+            return  # an ancestor that was deleted, or is of another store
+        if learns:
+            found.update(row.document_id for row in store.documents(artifact.id) if row.status == "kept")
+        for role, parent in artifact.manifest.parents.items():
+            name = role.partition(".")[0]
+            if artifact.manifest.kind == "model":
+                if name in TRAINED_ON:
+                    visit(parent, True)
+                elif name == "model":
+                    visit(parent, False)
+            elif learns and artifact.manifest.kind == "tokens" and name in ("documents", "data"):
+                visit(parent, True)
+
+    visit(model.id, False)
+    return found
+
+
+def _which_answer(documents: Sequence[Document], choices: int, most: int) -> list[tuple[Task, list[Item]]]:
+    """Questions of conversations, each with its answer among others of the same slice."""
+    spoken = [
+        d
+        for d in documents
+        if d.kind == "chat" and len(d.messages) > 1 and d.messages[-1].role == "assistant"
+    ]
+    by_slice: dict[str, list[Document]] = {}
+    for document in sorted(spoken, key=lambda d: _place(d.id)):
+        by_slice.setdefault(document.slice, []).append(document)
+    items = []
+    for name, own in by_slice.items():
+        answers = [document.messages[-1].content for document in own]
+        for place, document in enumerate(own):
+            others: list[str] = []
+            for step in range(1, len(own)):
+                other = answers[(place + step) % len(own)]
+                if other != answers[place] and other not in others:
+                    others.append(other)
+                if len(others) == choices - 1:
+                    break
+            if len(others) < choices - 1:
+                continue
+            right = int.from_bytes(_place(document.id)[:4]) % choices
+            texts = (*others[:right], answers[place], *others[right:])
+            question = "\n".join(message.content for message in document.messages[:-1])
+            items.append(Item(document.id, name, document.split_key, question, {}, texts, right))
+    items.sort(key=lambda item: _place(item.id))
+    if not items:
+        return []
+    task = ChoiceTask(name="which answer", data=Path("held-out conversations"), chat=True, delimiter="")
+    return [(task, items[:most])]
+
+
+def _told(result: TaskResult) -> dict[str, Any]:
+    figures = [{k: v for k, v in one._asdict().items() if k != "by_group"} for one in result.figures]
+    by_group = {f"{one.name}\0{one.slice}": one.by_group for one in result.figures}
+    return {
+        "name": result.task.name,
+        "kind": result.task.kind,
+        "figures": figures,
+        "by_group": by_group,
+        "shown": result.shown,
+    }
+
+
+def _write_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:
+    columns = {name: [getattr(one, name) for one in outcomes] for name in Outcome._fields}
+    types = {"confidence": pa.float64(), "correct": pa.bool_(), "length": pa.int32()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in Outcome._fields])
+    pq.write_table(pa.table(columns, schema=schema), path)
+
+
+def _place(name: str) -> bytes:
+    """Where something stands in an order that has nothing to do with what it is."""
+    return hashlib.sha256(name.encode()).digest()
