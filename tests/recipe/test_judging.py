@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judging")
     (folder / "tasks.yaml").write_text(TASKS)
     sums = [
-        {"question": f"add_{n} returns", "choices": [" total", " first"], "answer": n % 2} for n in range(40)
+        {"question": f"add_{n} returns", "choices": [" total", " first"], "answer": n % 2} for n in range(160)
     ]
     words = [{"prompt": f"def add_{n}", "answer": "first", "must": {"most_words": 50}} for n in range(6)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
