@@ -94,6 +94,7 @@ def test_the_fused_route_answers_as_the_two_passes(
 ) -> None:
     """In blocks whose logits are kept, or in one block without."""
     monkeypatch.setattr(_native, "_has_matrix_units", lambda: matrix_units)
+    monkeypatch.setattr(_native, "_WIDE", 1)
     n_rows, _, vocabulary = size = (130, 15, 400)
     monkeypatch.setattr(_native, "_KEPT_BYTES", rows_each * vocabulary * 4)
     monkeypatch.setattr(_native, "_FEWEST_ROWS", 1)
@@ -155,8 +156,8 @@ def test_dw_of_bf16_grows_by_what_bf16_alone_would_lose(
 
 @needs_native
 def test_fused_is_preferred_where_blocks_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    def logits(vocabulary: int, dtype: torch.dtype) -> Logits:
-        h_ND, w_VD = torch.zeros(4096, 2, dtype=dtype), torch.zeros(vocabulary, 2, dtype=dtype)
+    def logits(vocabulary: int, dtype: torch.dtype, width: int = 2) -> Logits:
+        h_ND, w_VD = torch.zeros(4096, width, dtype=dtype), torch.zeros(vocabulary, width, dtype=dtype)
         return Logits(h_ND, w_VD, None, None, None, LogitRule())
 
     frozen = Needs(True, False, False, False)
@@ -164,7 +165,8 @@ def test_fused_is_preferred_where_blocks_are_large(monkeypatch: pytest.MonkeyPat
     assert not ENGINE.prefers_fused(logits(128_256, torch.float32), EVERYTHING)
     for matrix_units in (False, True):
         monkeypatch.setattr(_native, "_has_matrix_units", lambda units=matrix_units: units)
-        assert ENGINE.prefers_fused(logits(8192, torch.bfloat16), EVERYTHING) is not matrix_units
+        assert ENGINE.prefers_fused(logits(8192, torch.bfloat16, 1024), EVERYTHING) is not matrix_units
+        assert not ENGINE.prefers_fused(logits(8192, torch.bfloat16, 576), EVERYTHING)
     assert ENGINE.prefers_fused(logits(8192, torch.bfloat16), frozen)
     assert not ENGINE.prefers_fused(logits(128_256, torch.bfloat16), frozen)
 

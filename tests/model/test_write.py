@@ -105,3 +105,20 @@ def test_a_stop_cuts_text_and_tokens(speaking: tuple[Any, Any]) -> None:
     assert whole.text.startswith(cut.text) and stop not in cut.text and cut.finished
     assert 0 < len(cut.logprob_N) <= len(whole.logprob_N)
     np.testing.assert_allclose(cut.logprob_N, whole.logprob_N[: len(cut.logprob_N)], atol=1e-6)
+
+
+def test_what_is_read_once_for_several_says_what_it_says_to_each(speaking: tuple[Any, Any]) -> None:
+    model, _ = speaking
+    first = [5 + n % 90 for n in range(40)]
+    seconds = [[7], [9, 11, 13], [20 + n for n in range(12)]]
+    together = list(score_pairs(model, [(first, second) for second in seconds], length=64))
+    for second, found in zip(seconds, together, strict=True):
+        (alone,) = score_pairs(model, [(first, second)], length=64)
+        np.testing.assert_array_equal(found.id_N, alone.id_N)
+        np.testing.assert_allclose(found.logprob_N, alone.logprob_N, atol=1e-5)
+        np.testing.assert_allclose(found.entropy_N, alone.entropy_N, atol=1e-5)
+        np.testing.assert_array_equal(found.rank_N, alone.rank_N)
+    mixed = [(first, seconds[0]), (first[:9], seconds[1]), (first, seconds[2]), (first, seconds[1])]
+    for (own, second), found in zip(mixed, score_pairs(model, mixed, length=64), strict=True):
+        (alone,) = score_pairs(model, [(own, second)], length=64)
+        np.testing.assert_allclose(found.logprob_N, alone.logprob_N, atol=1e-5)

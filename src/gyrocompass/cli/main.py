@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     _add_score(verbs)
     _add_generate(verbs)
     _add_eval(verbs)
+    _add_compare(verbs)
     _add_lm_eval(verbs)
     _add_verify(verbs)
     _add_data(verbs)
@@ -183,6 +184,17 @@ def _add_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:
         )
         _set_option(verb)
         _store_options(verb)
+
+
+def _add_compare(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "compare", "compare two recipes over some seeds, or two models on the same files")
+    verb.add_argument("a", help="a recipe; with --data, a model folder or an artifact id")
+    verb.add_argument("b", help="the same")
+    verb.add_argument("--seeds", type=_at_least(1), default=3, help="of each recipe (default 3)")
+    verb.add_argument("--data", type=_path, nargs="+", default=[], help="compare two models on these files")
+    _variant_option(verb)
+    _set_option(verb)
+    _store_options(verb)
 
 
 def _add_lm_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:

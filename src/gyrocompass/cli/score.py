@@ -39,7 +39,7 @@ def score(options: argparse.Namespace) -> int:
     """Print the table (or JSON), and every token where asked."""
     folder = model_folder(options)
     tokenizer = load_tokenizer(folder)
-    read = _read(options.data, tokenizer)
+    read = read_files(options.data, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(folder, dtype=PRECISIONS[options.precision], device=device)
     length = options.length or min(context_length(model), LONGEST_ROW)
@@ -65,7 +65,7 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """The documents of some files as tokens."""
 
     data: TokenDataset
@@ -85,7 +85,7 @@ class _Token(NamedTuple):
     rank: int
 
 
-def _read(paths: Sequence[Path], tokenizer: Any) -> _Read:
+def read_files(paths: Sequence[Path], tokenizer: Any) -> Read:
     """Read files; what cannot be used is left out and named on standard error.
 
     Raises:
@@ -108,7 +108,7 @@ def _read(paths: Sequence[Path], tokenizer: Any) -> _Read:
         raise BadInput(
             "there is nothing to score", where=", ".join(map(str, paths)), fix="give files that hold text"
         )
-    return _Read(TokenDataset.of(rows), {document.id: document.path for document in documents})
+    return Read(TokenDataset.of(rows), {document.id: document.path for document in documents})
 
 
 def _left_out(record: Quarantined | Skipped) -> None:
@@ -116,7 +116,7 @@ def _left_out(record: Quarantined | Skipped) -> None:
     print(f"left out {record.path}{line}: {record.reason}", file=sys.stderr)
 
 
-def _tokens(part: ScoredTokens, read: _Read, tokenizer: Any) -> Iterator[_Token]:
+def _tokens(part: ScoredTokens, read: Read, tokenizer: Any) -> Iterator[_Token]:
     numbers = (part.index_K, part.document_K, part.logprob_K, part.rank_K)
     for index, document, logprob, rank in zip(*(column.tolist() for column in numbers), strict=True):
         token_id, path = int(read.data.id_N[index]), read.paths[read.data.document_ids[document]]

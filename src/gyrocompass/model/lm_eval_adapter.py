@@ -128,9 +128,8 @@ class GyroLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether it is what greedy decoding would write."""
-        order = sorted(
-            range(len(requests)), key=lambda place: -len(requests[place][1]) - len(requests[place][2])
-        )
+        # Longest first, and those with one context side by side: it is read once for all of them.
+        order = sorted(range(len(requests)), key=lambda place: (-len(requests[place][1]), requests[place][1]))
         pairs = ((requests[place][1], requests[place][2]) for place in order)
         answers: dict[int, tuple[float, bool]] = {}
         scores = score_pairs(self.model, pairs, length=self.max_length, rows=self.batch_size)

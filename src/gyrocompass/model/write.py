@@ -20,21 +20,25 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from gyrocompass.data.document import Message
 from gyrocompass.data.encode import prompt_ids
 from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.measure.generate import Generate, Writing, Written, cut_at
 from gyrocompass.measure.score import TokenScores
 from gyrocompass.measure.tasks.run import ScoreContinuations
-from gyrocompass.model.head import context_length
+from gyrocompass.model.head import causal_lm, context_length, find_head
 from gyrocompass.model.sampler import Sampling, end_ids, sample
-from gyrocompass.model.score import evaluating, scored_tokens
+from gyrocompass.model.score import evaluating, precision, scored_tokens
 
 Pair = tuple[Sequence[int], Sequence[int]]
 CHUNK = 256
 """Pairs that are packed and scored together."""
+LEAST_SHARED = 8
+"""Tokens of a first part that it pays to read once."""
 
 
 def writer(model: nn.Module, tokenizer: Any, *, slots: int = 16, rows: int = 8) -> Generate:
@@ -114,6 +118,8 @@ def score_pairs(
 ) -> Iterator[TokenScores]:
     """The tokens of each second part, predicted after the first.
 
+    Pairs with one first part that follow each other share it: it is read once.
+
     Args:
         model: as for `log_probs`.
         pairs: ids; the first part has at least one. The end of what is longer than `length` + 1 is kept.
@@ -122,28 +128,114 @@ def score_pairs(
         autocast: compute as bf16 autocast does.
     """
     remaining = iter(pairs)
+    may_share = _may_share(model)
     while chunk := list(islice(remaining, CHUNK)):
-        counts = [min(len(second), length) for _, second in chunk]
-        dataset = TokenDataset.of(
-            _row(str(place), [*first, *second][-(length + 1) :], count)
-            for place, ((first, second), count) in enumerate(zip(chunk, counts, strict=True))
+        found: dict[int, TokenScores] = {}
+        alone: list[int] = []
+        for places in _groups(chunk):
+            first = chunk[places[0]][0]
+            longest = len(first) + max(len(chunk[place][1]) for place in places) - 1
+            if may_share and len(places) > 1 and len(first) >= LEAST_SHARED and longest <= length:
+                with evaluating(model), torch.no_grad(), precision(next(model.parameters()).device, autocast):
+                    scores = _after(model, first, [chunk[place][1] for place in places])
+                found |= dict(zip(places, scores, strict=True))
+            else:
+                alone += places
+        if alone:
+            apart = _packed(model, [chunk[place] for place in alone], length, rows, autocast)
+            found |= dict(zip(alone, apart, strict=True))
+        yield from (found[place] for place in range(len(chunk)))
+
+
+def _groups(chunk: Sequence[Pair]) -> Iterator[list[int]]:
+    """Places of pairs that follow each other and have one first part."""
+    own: list[int] = []
+    for place, (first, _) in enumerate(chunk):
+        if own and list(chunk[own[0]][0]) != list(first):
+            yield own
+            own = []
+        own.append(place)
+    yield own
+
+
+def _may_share(model: nn.Module) -> bool:
+    """Whether what was read can be kept for several continuations: attention that looks back over it all."""
+    config = causal_lm(model).config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    slides = getattr(config, "sliding_window", None) is not None
+    return kinds == {"full_attention"} and not slides and config._attn_implementation in ("sdpa", "eager")
+
+
+def _after(model: nn.Module, first: Sequence[int], seconds: Sequence[Sequence[int]]) -> list[TokenScores]:
+    """What follows one first part, read once."""
+    device = next(model.parameters()).device
+    base = causal_lm(model).base_model
+    read = base(input_ids=torch.tensor([list(first)], device=device), use_cache=True)
+    memory = read.past_key_values
+    memory.batch_repeat_interleave(len(seconds))
+    longest = max(len(second) for second in seconds)
+    token_BL = torch.zeros(len(seconds), longest, dtype=torch.int64, device=device)
+    for row, second in enumerate(seconds):
+        token_BL[row, : len(second)] = torch.tensor(list(second), device=device)
+    last_D = read.last_hidden_state[0, -1]
+    hidden = [last_D.expand(len(seconds), 1, -1)]
+    if longest > 1:  # the last token of each is only predicted; padding stands behind all that is asked about
+        hidden.append(
+            base(input_ids=token_BL[:, :-1], past_key_values=memory, use_cache=True).last_hidden_state
         )
-        with evaluating(model):
-            parts = list(scored_tokens(model, dataset, length, rows, autocast=autocast))
-        index_K = np.concatenate([part.index_K for part in parts]) if parts else np.zeros(0, np.int64)
-        order = np.argsort(index_K)
-        columns = [
-            np.concatenate([getattr(part, name) for part in parts])[order] if parts else np.zeros(0)
-            for name in ("logprob_K", "entropy_K", "rank_K")
-        ]
-        ids = dataset.id_N[index_K[order]].astype(np.int64)
-        start = 0
-        for count in counts:
-            own = slice(start, start := start + count)
-            logprob_N, entropy_N, rank_N = (column[own] for column in columns)
-            yield TokenScores(
-                ids[own], np.zeros(count, np.int64), logprob_N, entropy_N, rank_N.astype(np.int64)
-            )
+    h_BLD = torch.cat(hidden, 1)
+    counted_BL = torch.arange(longest, device=device) < torch.tensor(
+        [[len(second)] for second in seconds], device=device
+    )
+    head, h_KD = find_head(model), h_BLD[counted_BL]
+    answer = token_logprobs(
+        h_KD,
+        head.w_VD,
+        token_BL[counted_BL],
+        bias_V=head.bias_V,
+        low_rank=head.low_rank_of(h_KD),
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        want=("entropy", "rank"),
+    )
+    assert answer.entropy_T is not None and answer.rank_T is not None, "both were asked for"
+    columns = [
+        answer.logprob_T.double().cpu().numpy(),
+        answer.entropy_T.double().cpu().numpy(),
+        answer.rank_T.cpu().numpy(),
+    ]
+    found, start = [], 0
+    for second in seconds:
+        own = slice(start, start := start + len(second))
+        logprob_N, entropy_N, rank_N = (column[own] for column in columns)
+        ids_N = np.array(second, np.int64)
+        found.append(TokenScores(ids_N, np.zeros_like(ids_N), logprob_N, entropy_N, rank_N.astype(np.int64)))
+    return found
+
+
+def _packed(
+    model: nn.Module, chunk: Sequence[Pair], length: int, rows: int, autocast: bool
+) -> Iterator[TokenScores]:
+    """Each pair as a document of its own, of which the second part counts."""
+    counts = [min(len(second), length) for _, second in chunk]
+    dataset = TokenDataset.of(
+        _row(str(place), [*first, *second][-(length + 1) :], count)
+        for place, ((first, second), count) in enumerate(zip(chunk, counts, strict=True))
+    )
+    with evaluating(model):
+        parts = list(scored_tokens(model, dataset, length, rows, autocast=autocast))
+    index_K = np.concatenate([part.index_K for part in parts]) if parts else np.zeros(0, np.int64)
+    order = np.argsort(index_K)
+    columns = [
+        np.concatenate([getattr(part, name) for part in parts])[order] if parts else np.zeros(0)
+        for name in ("logprob_K", "entropy_K", "rank_K")
+    ]
+    ids = dataset.id_N[index_K[order]].astype(np.int64)
+    start = 0
+    for count in counts:
+        own = slice(start, start := start + count)
+        logprob_N, entropy_N, rank_N = (column[own] for column in columns)
+        yield TokenScores(ids[own], np.zeros(count, np.int64), logprob_N, entropy_N, rank_N.astype(np.int64))
 
 
 def _row(name: str, ids: Sequence[int], count: int) -> TokenRow:

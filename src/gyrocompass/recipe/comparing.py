@@ -1,0 +1,202 @@
+"""Two recipes, or two models, on the same held-out documents: what differs, and what it costs.
+
+    records of A and B, one for each seed --compare--> Comparison: lines by slice, cost
+
+A line is the paired difference of A and B in nats per token, over the groups of documents that both scored:
+sums over the seeds, so a group that is drawn by the bootstrap brings all of its seeds. How much the
+difference varies from seed to seed stands beside it: with few seeds, that is what to look at first, and no
+interval over documents says it. The p-value of n groups is never below 2 / 2^n: with five, nothing is shown.
+
+Where both recipes calibrate, the debiased errors of the last calibration stand there too, without an interval
+of their difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gyrocompass.core.errors import BadInput
+from gyrocompass.core.folder import write_whole
+from gyrocompass.core.store import Store
+from gyrocompass.measure.compare import Line, Paired, aligned, lines, paired
+from gyrocompass.measure.intervals import clusters
+from gyrocompass.measure.ledger import FIELDS, Ledger
+from gyrocompass.recipe import report_format as fmt
+from gyrocompass.recipe.recipe import Recipe
+from gyrocompass.recipe.record import RunRecord
+from gyrocompass.recipe.report_judgement import judgements
+from gyrocompass.recipe.stages.train import TrainStage
+
+COUNT, VALUE = FIELDS.index("count"), FIELDS.index("value")
+METRIC = "nats per token"
+
+
+class Cost(NamedTuple):
+    """What all training of a recipe took, over its seeds."""
+
+    tokens: int
+    """That were learned from."""
+    steps: int
+
+
+class Comparison(NamedTuple):
+    """What two recipes differ in: A less B."""
+
+    names: tuple[str, str]
+    lines: list[Line]
+    by_seed: dict[str, list[float]]
+    """The difference of each seed, by slice."""
+    costs: tuple[Cost, Cost]
+    calibration: dict[str, tuple[float, float]]
+    """Debiased calibration errors of both, by level and confidence."""
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with other seeds of its models and its training; 0: as it is."""
+    if seed == 0:
+        return recipe
+    stages = {
+        name: stage.model_copy(update={"seed": stage.seed + seed})
+        if stage.kind in ("train", "new_model") and hasattr(stage, "seed")
+        else stage
+        for name, stage in recipe.stages.items()
+    }
+    return recipe.model_copy(update={"stages": stages, "name": f"{recipe.name}-seed{seed}"})
+
+
+def compare(a: Sequence[RunRecord], b: Sequence[RunRecord], store: Store) -> Comparison:
+    """Compare the last scores of two recipes, seed by seed.
+
+    Raises:
+        BadInput: a recipe scores nothing, or not the same documents.
+    """
+    pairs = [(_ledger(one, store), _ledger(other, store)) for one, other in zip(a, b, strict=True)]
+    names = (a[0].recipe, b[0].recipe)
+    found, by_seed = ledger_differences(pairs)
+    return Comparison(
+        names, found, by_seed, (_cost(a, store), _cost(b, store)), _calibration(a[0], b[0], store)
+    )
+
+
+def ledger_differences(pairs: Sequence[tuple[Ledger, Ledger]]) -> tuple[list[Line], dict[str, list[float]]]:
+    """Paired differences by slice, summed over pairs of ledgers, and those of each pair alone."""
+    slices = [*pairs[0][0].names("slice")]
+    found: dict[tuple[str, str], Paired] = {}
+    by_seed: dict[str, list[float]] = {}
+    for name in [*slices, None]:
+        sides: tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]] = ({}, {})
+        label = name or "total"
+        by_seed[label] = []
+        for ledgers in pairs:
+            own = [_sums(ledger, name) for ledger in ledgers]
+            one_G, other_G, weight_G, _ = aligned(own[0], own[1])
+            by_seed[label].append(float((one_G - other_G).sum() / weight_G.sum()))
+            for side, sums in zip(sides, own, strict=True):
+                for group, (value, weight) in sums.items():
+                    before = side.get(group, (0.0, 0.0))
+                    side[group] = (before[0] + value, before[1] + weight)
+        one_G, other_G, weight_G, groups = aligned(*sides)
+        if len(groups) > 1:
+            found[METRIC, label] = paired(one_G, other_G, weight_G)
+    if not found:
+        raise BadInput("no slice has two groups of documents to compare on", fix="score more documents")
+    return lines(found, {METRIC: True}), by_seed
+
+
+def _sums(ledger: Ledger, name: str | None) -> dict[str, tuple[float, float]]:
+    groups, sums_GF = ledger.columns(clusters(ledger), name)
+    return {group: (float(row[VALUE]), float(row[COUNT])) for group, row in zip(groups, sums_GF, strict=True)}
+
+
+def _ledger(record: RunRecord, store: Store) -> Ledger:
+    scored = [stage for stage in record.stages if stage.kind == "score"]
+    if not scored:
+        raise BadInput(
+            f"the recipe {record.recipe} scores nothing", fix="add a stage of kind score at its end"
+        )
+    return Ledger.load(store.open(scored[-1].artifact, verify=False).path / "ledger.parquet")
+
+
+def _cost(records: Sequence[RunRecord], store: Store) -> Cost:
+    tokens = steps = 0
+    for record in records:
+        for stage in record.stages:
+            if stage.kind == TrainStage.model_fields["kind"].default:
+                folder = store.open(stage.artifact, verify=False).path
+                tokens += Ledger.load(folder / "ledger.parquet").total.count
+                steps += len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return Cost(tokens, steps)
+
+
+def _calibration(a: RunRecord, b: RunRecord, store: Store) -> dict[str, tuple[float, float]]:
+    found: list[dict[str, float]] = []
+    for record in (a, b):
+        own = {}
+        for judged in judgements(record, store):
+            for entry in judged.calibrations:
+                if "after" in entry:
+                    error = entry["after"]["slices"]["total"]["debiased"]
+                    own[f"{entry['level']}: {entry['signal']}"] = error
+        found.append(own)
+    return {name: (found[0][name], found[1][name]) for name in found[0] if name in found[1]}
+
+
+# --- what people see ---
+
+
+def print_comparison(found: Comparison, console: Console) -> None:
+    """The table, and how the difference varies from seed to seed."""
+    a, b = found.names
+    title = f"{a} less {b}: nats per token, paired by group; p-values corrected over all lines (Holm)"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    for head in ("slice", "difference [95%]", f"{a} is", "p", "by seed", "groups", "tokens"):
+        table.add_column(head, overflow="fold")
+    for line in found.lines:
+        result = line.result
+        table.add_row(
+            Text(line.slice),
+            f"{fmt.signed(result.difference)} {fmt.interval(result.low, result.high)}",
+            line.verdict(),
+            fmt.figure(line.p_adjusted),
+            ", ".join(fmt.signed(one) for one in found.by_seed[line.slice]),
+            fmt.count(result.groups),
+            fmt.count(result.weight),
+        )
+    console.print(table)
+    for name, cost in zip(found.names, found.costs, strict=True):
+        if cost.steps:
+            console.print(
+                f"{name}: learned from {fmt.count(cost.tokens)} tokens in {fmt.count(cost.steps)} steps"
+            )
+    for name, (one, other) in found.calibration.items():
+        console.print(f"debiased calibration error, {name}: {fmt.figure(one)} and {fmt.figure(other)}")
+
+
+def write_comparison(found: Comparison, path: Path) -> None:
+    """The same as JSON."""
+    told: dict[str, Any] = {
+        "a": found.names[0],
+        "b": found.names[1],
+        "lines": [
+            {
+                "metric": line.metric,
+                "slice": line.slice,
+                **line.result._asdict(),
+                "p_adjusted": line.p_adjusted,
+                "verdict": line.verdict(),
+                "by_seed": found.by_seed[line.slice],
+            }
+            for line in found.lines
+        ],
+        "costs": [cost._asdict() for cost in found.costs],
+        "calibration": found.calibration,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(told, indent=1))
