@@ -100,8 +100,7 @@ class Quality(RecordStep):
 
     Args:
         rules: for each slice, or what its name begins with up to a slash, the bounds of its figures; `*` is
-        for
-            all others.
+            for all others.
     """
 
     name: ClassVar[str] = "quality"
