@@ -14,6 +14,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.document import Message
 from gyrocompass.data.encode import prompt_ids
 from gyrocompass.data.tokenizer import train_tokenizer
+from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.generate import generate
 
 PROMPTS = ["def f(x):", "", "return a longer one of the prompts", "x"]
@@ -57,7 +58,9 @@ def test_greedy_takes_the_most_likely_token_and_reports_its_log_probability(
 
 def test_drawn_tokens_have_the_log_probability_of_the_untouched_distribution(tokenizer: Any) -> None:
     model = model_for(tokenizer)
-    completions = generate(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=2.0, top_p=0.9, seed=5)
+    completions = generate(
+        model, tokenizer, PROMPTS, max_new_tokens=10, decoding=Decoding(temperature=2.0, top_p=0.9), seed=5
+    )
     for completion in completions:
         ids = prompt_ids(tokenizer, completion.prompt)
         for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
@@ -68,17 +71,19 @@ def test_drawn_tokens_have_the_log_probability_of_the_untouched_distribution(tok
 def test_draws_are_seeded_and_follow_the_temperature(tokenizer: Any) -> None:
     model = model_for(tokenizer, initializer_range=0.05)
     before = torch.get_rng_state()
-    draw = {"max_new_tokens": 16, "temperature": 1.0}
+    draw = {"max_new_tokens": 16, "decoding": Decoding(temperature=1.0)}
     one = generate(model, tokenizer, PROMPTS, seed=1, **draw)
     assert torch.equal(before, torch.get_rng_state())
     assert generate(model, tokenizer, PROMPTS, seed=1, **draw) == one
     assert generate(model, tokenizer, PROMPTS, seed=2, **draw) != one
     greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=16)
-    cold = generate(model, tokenizer, PROMPTS, max_new_tokens=16, temperature=1e-4)
+    cold = generate(model, tokenizer, PROMPTS, max_new_tokens=16, decoding=Decoding(temperature=1e-4))
     assert [c.token_ids for c in cold] == [c.token_ids for c in greedy]
     # The whole vocabulary is drawn from, not the 50 best that transformers cuts to by itself.
     ids = prompt_ids(tokenizer, "x")
-    firsts = generate(model, tokenizer, ["x"] * 60, max_new_tokens=1, temperature=1.0, rows=60)
+    firsts = generate(
+        model, tokenizer, ["x"] * 60, max_new_tokens=1, decoding=Decoding(temperature=1.0), rows=60
+    )
     best = logits_after(model, ids).topk(50).indices.tolist()
     assert any(completion.token_ids[0] not in best for completion in firsts)
 

@@ -9,7 +9,10 @@ import torch
 from rich.console import Console
 
 from gyrocompass.cli.model import model_folder
+from gyrocompass.core.config import parse
+from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.generate import generate as complete
 from gyrocompass.model.open import open_model
 
@@ -18,14 +21,15 @@ def generate(options: argparse.Namespace) -> int:
     """Print each completion with its mean log-probability, or JSON with every token's."""
     folder = model_folder(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoding = _decoding(options)
     completions = complete(
         open_model(folder, dtype=None, device=device),
         load_tokenizer(folder),
         options.prompt,
         chat=options.chat,
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
+        decoding=decoding,
+        alternatives=options.alternatives,
         seed=options.seed,
     )
     if options.json:
@@ -41,3 +45,19 @@ def generate(options: argparse.Namespace) -> int:
             f"-- {n_tokens} tokens, {mean:.3f} nats per token, ended by {completion.finish}\n", style="dim"
         )
     return 0
+
+
+def _decoding(options: argparse.Namespace) -> Decoding:
+    """What was asked for, checked.
+
+    Raises:
+        ConfigError: controls that do not go together.
+        BadInput: the schema cannot be read.
+    """
+    given = {name: getattr(options, name) for name in Decoding.model_fields if name != "json_schema"}
+    if options.json_schema is not None:
+        try:
+            given["json_schema"] = json.loads(options.json_schema.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"the schema cannot be read: {error}", where=options.json_schema) from error
+    return parse(Decoding, given, "gyro generate")

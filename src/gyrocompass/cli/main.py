@@ -166,6 +166,22 @@ def _add_generate(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--max-new-tokens", type=_at_least(1), default=128)
     verb.add_argument("--temperature", type=_number(0.0), default=0.0, help="0 is greedy (default)")
     verb.add_argument("--top-p", type=_number(0.0, 1.0, above=True), default=1.0)
+    verb.add_argument("--top-k", type=_at_least(1), help="draw from the likeliest so many")
+    verb.add_argument(
+        "--min-p", type=_number(0.0, 1.0, above=True), help="of the likeliest one's probability"
+    )
+    verb.add_argument("--typical-p", type=_number(0.0, 1.0, above=True))
+    verb.add_argument("--repetition-penalty", type=_number(0.0, above=True), default=1.0)
+    verb.add_argument("--frequency-penalty", type=float, default=0.0)
+    verb.add_argument("--presence-penalty", type=float, default=0.0)
+    verb.add_argument("--beams", type=_at_least(1), default=1, help="beam search")
+    verb.add_argument("--stop", nargs="+", default=(), help="end before the first of these texts")
+    verb.add_argument("--choices", nargs="+", help="write one of these texts")
+    verb.add_argument("--regex", help="write a text that matches")
+    verb.add_argument("--json-schema", type=_path, help="a file: write JSON that is valid by this schema")
+    verb.add_argument(
+        "--alternatives", type=_at_least(0), default=0, help="likeliest tokens told in each place"
+    )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--json", action="store_true", help="print JSON with tokens and log-probabilities")
     _store_options(verb)

@@ -291,18 +291,30 @@ def scored_tokens(
         yield _counted(batch, answer, index_T)
 
 
+class Top(NamedTuple):
+    """The likeliest tokens in the place of each counted one."""
+
+    token_KN: Int64Array
+    logprob_KN: NDArray[np.float64]
+    """Nats, falling."""
+
+
 def top_tokens(
-    model: nn.Module, dataset: TokenDataset, length: int, rows: int
-) -> Iterator[tuple[ScoredTokens, NDArray[np.float64]]]:
-    """As `scored_tokens`, with the log-probability of the model's first choice for each, [K]."""
+    model: nn.Module, dataset: TokenDataset, length: int, rows: int, *, n_top: int = 1
+) -> Iterator[tuple[ScoredTokens, Top]]:
+    """As `scored_tokens`, with the `n_top` likeliest tokens in each place."""
     device = next(model.parameters()).device
     for batch, index_T in batches_of(dataset, length, rows, device=device):
         with torch.no_grad():
-            answer = log_probs(model, batch, want=("entropy", "rank"), n_top=1)
+            answer = log_probs(model, batch, want=("entropy", "rank"), n_top=n_top)
         scored = _counted(batch, answer, index_T)
-        assert answer.top_TK is not None
         counted_T = batch.weight_T > 0
-        yield scored, answer.top_TK[counted_T, 0].double().cpu().numpy()
+        if answer.top_TK is None or answer.top_token_TK is None:
+            empty = np.zeros((len(scored.index_K), 0))
+            yield scored, Top(empty.astype(np.int64), empty)
+        else:
+            logprob_KN = answer.top_TK[counted_T].double().cpu().numpy()
+            yield scored, Top(answer.top_token_TK[counted_T].cpu().numpy(), logprob_KN)
 
 
 def batches_of(

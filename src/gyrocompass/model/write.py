@@ -30,6 +30,7 @@ from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.measure.generate import Generate, Writing, Written, cut_at
 from gyrocompass.measure.score import TokenScores
 from gyrocompass.measure.tasks.run import ScoreContinuations
+from gyrocompass.model.decoding import tokens_until
 from gyrocompass.model.head import causal_lm, context_length, find_head
 from gyrocompass.model.sampler import Sampling, end_ids, sample
 from gyrocompass.model.score import evaluating, precision, scored_tokens
@@ -63,25 +64,13 @@ def writer(model: nn.Module, tokenizer: Any, *, slots: int = 16, rows: int = 8) 
         found = []
         for one, scored in zip(drawn, scores, strict=True):
             text, stopped = cut_at(tokenizer.decode(one.token_ids, skip_special_tokens=True), writing.stop)
-            count = _tokens_until(tokenizer, one.token_ids, writing.stop) if stopped else len(one.token_ids)
+            count = tokens_until(tokenizer, one.token_ids, writing.stop) if stopped else len(one.token_ids)
             found.append(
                 Written(text, scored.logprob_N[:count], scored.entropy_N[:count], stopped or one.finished)
             )
         return [found[start : start + writing.samples] for start in range(0, len(found), writing.samples)]
 
     return generate
-
-
-def _tokens_until(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> int:
-    """How many tokens it takes until a stop stands in the text."""
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if cut_at(tokenizer.decode(ids[:middle], skip_special_tokens=True), stop)[1]:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 def continuation_scorer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gyrocompass.core.store import Store
 from gyrocompass.recipe.record import RunRecord
@@ -56,7 +56,13 @@ def completion_groups(record: RunRecord, store: Store) -> list[CompletionGroup]:
 
 
 def _facts(
-    prompt: str, text: str, token_ids: list[int], tokens: list[str], logprobs: list[float], finish: str
+    prompt: str,
+    text: str,
+    token_ids: list[int],
+    tokens: list[str],
+    logprobs: list[float],
+    finish: str,
+    **_: Any,
 ) -> CompletionFacts:
     pieces = [
         Piece(

@@ -29,7 +29,7 @@ def test_every_covered_character_is_gone_and_every_other_stays(
     covered = cover(chat, spans(places)).document
     # The same by hand, a character at a time: the first span that reaches a place without overlapping has it.
     joined = "\n\n".join(turns)
-    owner: list[int | None] = [None] * 60
+    owner: list[int | None] = [None] * max(len(joined), 41)
     for number, (one, other) in enumerate(places):
         start, end = min(one, other), max(one, other)
         if start < end and all(entry is None for entry in owner[start:end]):

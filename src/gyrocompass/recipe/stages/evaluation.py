@@ -144,7 +144,7 @@ class EvaluationStage(Stage):
         """Every token into the ledger; of evenly many of each document, the first choice as an outcome."""
         step = max(1, data.n_targets // self.most_tokens)
         with evaluating(model):
-            for part, top_K in top_tokens(model, data, length, self.rows_per_batch):
+            for part, top in top_tokens(model, data, length, self.rows_per_batch):
                 add_scored(ledger, data, part)
                 for place in range(0, len(part.index_K), step):
                     document = int(part.document_K[place])
@@ -155,7 +155,7 @@ class EvaluationStage(Stage):
                         group=data.groups[document],
                         level="token",
                         signal="probability",
-                        confidence=float(np.exp(top_K[place])),
+                        confidence=float(np.exp(top.logprob_KN[place, 0])),
                         correct=bool(part.rank_K[place] == 0),
                         length=1,
                     )

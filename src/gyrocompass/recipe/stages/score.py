@@ -11,6 +11,7 @@ from gyrocompass.core.artifact import Draft
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.generate import generate
 from gyrocompass.model.open import open_model
@@ -77,8 +78,7 @@ class CompletionsStage(Stage):
             self.prompts,
             chat=self.chat,
             max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            decoding=Decoding(temperature=self.temperature, top_p=self.top_p),
             seed=self.seed,
         )
         rows = [completion._asdict() for completion in completions]
