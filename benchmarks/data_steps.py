@@ -68,7 +68,7 @@ def library(limit_bytes: int) -> list[pa.RecordBatch]:
 def steps(folder: Path, batches: list[pa.RecordBatch]) -> Iterator[tuple[str, RecordStep | GlobalStep]]:
     """Every step with the settings that it is measured with."""
     texts = [text for batch in batches for text in batch["text"].to_pylist()]
-    NgramModel.fit(texts[::10]).save(folder / "model.npz")
+    NgramModel.fit(texts[::10]).save(folder / "model.safetensors")
     items = [" ".join(text.split()[200:240]) for text in texts[::7]]
     (folder / "items.txt").write_text("\n".join(item for item in items if item), "utf-8")
     yield "personal", PersonalData()
@@ -83,7 +83,7 @@ def steps(folder: Path, batches: list[pa.RecordBatch]) -> Iterator[tuple[str, Re
     yield "repetition", Repetition()
     yield "moderation", Moderation(lists={"profane": TermList(package="better_profanity")})
     yield "decontamination", Decontamination(benchmarks=(Benchmark(name="b", path=folder / "items.txt"),))
-    yield "likelihood (ngram)", Likelihood(score=f"ngram:{folder / 'model.npz'}")
+    yield "likelihood (ngram)", Likelihood(score=f"ngram:{folder / 'model.safetensors'}")
 
 
 def megabytes_per_second(step: RecordStep | GlobalStep, batches: list[pa.RecordBatch]) -> float:

@@ -21,12 +21,12 @@ NAMES = {
 
 def test_every_annotator_is_known_by_its_name_and_says_its_columns_beforehand(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("one two three four five six\n")
-    NgramModel.fit(["abc"]).save(tmp_path / "model.npz")
+    NgramModel.fit(["abc"]).save(tmp_path / "model.safetensors")
     texts = ContentFile(path=tmp_path / "texts.txt")
     configured = {
         "decontamination": Decontamination(benchmarks=(Benchmark(name="b", path=texts.path),)),
         "importance": Importance(target=texts, raw=texts),
-        "likelihood": Likelihood(score=f"ngram:{tmp_path / 'model.npz'}"),
+        "likelihood": Likelihood(score=f"ngram:{tmp_path / 'model.safetensors'}"),
         "likelihood_bands": LikelihoodBands(),
         "moderation": Moderation(lists={"x": TermList(words=("x",))}),
         "objections": Objections(entries=("domain: a.org",)),

@@ -82,8 +82,8 @@ def test_a_score_that_is_no_number_stops_and_names_the_document(monkeypatch: pyt
 def test_names_of_scores_are_checked(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="did you mean uniform"):
         Likelihood(score="unifrom").annotate(batch(["x"]))
-    (tmp_path / "x.npz").write_bytes(b"no zip")
-    for name in ("x.npz", "none.npz"):
+    (tmp_path / "x.safetensors").write_bytes(b"no zip")
+    for name in ("x.safetensors", "none.safetensors"):
         with pytest.raises(BadInput, match="not a model of runs"):
             Likelihood(score=f"ngram:{tmp_path / name}").annotate(batch(["x"]))
 
@@ -165,9 +165,9 @@ def test_code_is_likelier_under_a_model_of_code(tmp_path: Path) -> None:
     prose = [
         "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 5
     ]
-    NgramModel.fit(texts[:20], order=5).save(tmp_path / "code.npz")
-    NgramModel.fit(prose, order=5).save(tmp_path / "prose.npz")
-    step = Likelihood(score=f"ngram:{tmp_path / 'code.npz'}", reference=f"ngram:{tmp_path / 'prose.npz'}")
+    NgramModel.fit(texts[:20], order=5).save(tmp_path / "code.safetensors")
+    NgramModel.fit(prose, order=5).save(tmp_path / "prose.safetensors")
+    step = Likelihood(score=f"ngram:{tmp_path / 'code.safetensors'}", reference=f"ngram:{tmp_path / 'prose.safetensors'}")
     rows = step.annotate(
         batch([*(text[:3000] for text in texts[20:30]), "The night was dark and the rain fell. "])
     ).to_pylist()

@@ -126,7 +126,8 @@ def holds(condition: dict[str, Any], row: dict[str, Any]) -> bool:
 def by_hand(rules: list[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str]) -> list[int | str]:
     """For each row "kept", or the number of the rule that dropped it."""
     fate: list[int | str] = ["undecided"] * len(rows)
-    for number, rule in enumerate(rules):
+    # What depends on other documents comes after what does not.
+    for number, rule in sorted(enumerate(rules), key=lambda pair: "keep_one" in pair[1]):
         if "keep_one" in rule:
             (preference,) = rule["keep_one"]["prefer"]
 

@@ -16,6 +16,7 @@ Shape legend: D documents, E dimensions, W words.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -27,6 +28,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file
 
 from gyrocompass.core.errors import BadInput, MissingDependency, did_you_mean
 from gyrocompass.data.curate.words import mix, text_array, word_hashes
@@ -123,9 +125,25 @@ def _minilm() -> Encoder:
 def _model2vec(folder: Path) -> Encoder:
     try:
         from model2vec import StaticModel
+        from tokenizers import Tokenizer
     except ImportError as error:
         raise _missing("model2vec") from error
-    model = StaticModel.from_pretrained(folder)
+    try:
+        # Read here, and not by the package, which looks for what is missing on a hub.
+        tensors = load_file(folder / "model.safetensors")
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        model = StaticModel(
+            tensors["embeddings"],
+            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            settings,
+            normalize=bool(settings.get("normalize", False)),
+            weights=tensors.get("weights"),
+            token_mapping=tensors.get("mapping"),
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise BadInput(
+            f"not a model2vec model: {error}", where=folder, fix="give a folder that model2vec saved"
+        ) from None
 
     def encode(texts: Sequence[str]) -> Float32Array:
         vectors = model.encode(list(texts), use_multiprocessing=False)

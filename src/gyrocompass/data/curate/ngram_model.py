@@ -1,6 +1,6 @@
 """A small language model of bytes without weights from anywhere: counts of runs, interpolated.
 
-    texts --fit--> NgramModel --save, load--> a .npz of plain arrays --score--> log p of every byte
+    texts --fit--> NgramModel --save, load--> a .safetensors file --score--> log p of every byte
 
 The probability of a byte after its k predecessors mixes its share among what followed them in the training
 texts with the probability after k - 1, down to 1/256:
@@ -18,13 +18,14 @@ Shape legend: N bytes of a text, K runs that were seen.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.curate.word_runs import Hashes, prefix_hashes, range_hashes
@@ -107,13 +108,12 @@ class NgramModel:
             yield ByteScores(np.ones(len(p_N), np.int64), np.log(p_N))
 
     def save(self, path: Path) -> None:
-        """Write it to a `.npz` file."""
-        arrays = {"format": np.array(_FORMAT), "smoothing": np.array(self.smoothing)}
+        """Write it to a `.safetensors` file."""
+        arrays = {"format": np.array([_FORMAT]), "smoothing": np.array([self.smoothing])}
         for name, levels in (("run", self._runs), ("context", self._contexts)):
             for size, counts in enumerate(levels, 1):
                 arrays |= {f"{name}_hash_{size}": counts.hash_K, f"{name}_count_{size}": counts.count_K}
-        with path.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        save_file(arrays, path)
 
     @classmethod
     def load(cls, path: Path) -> NgramModel:
@@ -123,21 +123,21 @@ class NgramModel:
             BadInput: the file cannot be read, or is something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if int(file["format"]) != _FORMAT:
-                    raise BadInput(
-                        "a model of runs in a format of another version", where=path, fix="fit it again"
-                    )
-                order = sum(name.startswith("run_hash_") for name in file.files)
-                levels = [
-                    [
-                        _Counts(file[f"{name}_hash_{size}"], file[f"{name}_count_{size}"])
-                        for size in range(1, order + 1)
-                    ]
-                    for name in ("run", "context")
+            arrays = load_file(path)
+            if arrays["format"].tolist() != [_FORMAT]:
+                raise BadInput(
+                    "a model of runs in a format of another version", where=path, fix="fit it again"
+                )
+            order = sum(name.startswith("run_hash_") for name in arrays)
+            runs, contexts = (
+                [
+                    _Counts(arrays[f"{name}_hash_{size}"], arrays[f"{name}_count_{size}"])
+                    for size in range(1, order + 1)
                 ]
-                return cls(levels[0], levels[1], float(file["smoothing"]))
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+                for name in ("run", "context")
+            )
+            return cls(runs, contexts, float(arrays["smoothing"].item()))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise BadInput(
                 f"not a model of runs: {error}", where=path, fix="give what NgramModel.save wrote"
             ) from None
