@@ -167,7 +167,9 @@ def test_code_is_likelier_under_a_model_of_code(tmp_path: Path) -> None:
     ]
     NgramModel.fit(texts[:20], order=5).save(tmp_path / "code.safetensors")
     NgramModel.fit(prose, order=5).save(tmp_path / "prose.safetensors")
-    step = Likelihood(score=f"ngram:{tmp_path / 'code.safetensors'}", reference=f"ngram:{tmp_path / 'prose.safetensors'}")
+    step = Likelihood(
+        score=f"ngram:{tmp_path / 'code.safetensors'}", reference=f"ngram:{tmp_path / 'prose.safetensors'}"
+    )
     rows = step.annotate(
         batch([*(text[:3000] for text in texts[20:30]), "The night was dark and the rain fell. "])
     ).to_pylist()

@@ -9,9 +9,10 @@
 
 Rules are read in order, and the first one that keeps or drops a document decides. Those that ask which others
 stay (`keep_one`, and `drop` of a step's `duplicate`) come after all the rest, wherever they stand: one of a
-cluster stays even if another rule drops the one that was preferred. Masks of a document that stays add up. A threshold may differ by slice: the name of the slice itself, else the longest name that it
-begins with (`prose` for `prose/docs`), else `*`; where none fits, the rule says nothing. A null is compared
-with nothing. Of lists, such as spans, the number of entries is compared.
+cluster stays even if another rule drops the one that was preferred. Masks of a document that stays add up. A
+threshold may differ by slice: the name of the slice itself, else the longest name that it begins with
+(`prose` for `prose/docs`), else `*`; where none fits, the rule says nothing. A null is compared with nothing.
+Of lists, such as spans, the number of entries is compared.
 
     Condition.holds(rows) --> which rows, the value and the threshold of each
 """
