@@ -196,7 +196,7 @@ def test_verdicts_are_those_by_hand(
 CLUSTERED = KNOWN | {"s.duplicate": pa.bool_()}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     rows=st.lists(ROW, min_size=1, max_size=16),
     shard_bytes=st.sampled_from([10, 1000]),
