@@ -32,16 +32,23 @@ STEPS = (
 )
 
 
-def ours(lines: Path, folder: Path) -> None:
+SAME_STEPS = ("near_duplicates", "repetition", "quality", "personal")
+
+
+def same_steps(lines: Path, folder: Path) -> None:
+    """Ours, of the steps that theirs has too."""
+    ours(lines, folder, SAME_STEPS)
+
+
+def ours(lines: Path, folder: Path, steps: tuple[str, ...] = STEPS) -> None:
     """Build a data set."""
+    copies = [name for name in ("exact_duplicates", "near_duplicates") if name in steps]
     build = {
         "name": "corpus",
         "sources": [{"jsonl": {"path": str(lines)}}],
-        "steps": list(STEPS),
+        "steps": list(steps),
         "rules": [
-            {"drop": {"column": "exact_duplicates.duplicate"}},
-            {"drop": {"column": "near_duplicates.duplicate"}},
-            {"drop": {"column": "quality.passes", "is_null": True}},
+            *({"drop": {"column": f"{name}.duplicate"}} for name in copies),
             {"mask": {"column": "personal.spans", "min_score": 0.5}},
         ],
     }
@@ -89,6 +96,9 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+CONTENDERS = {"ours": ours, "ours, the same steps": same_steps, "datatrove": datatrove}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -97,11 +107,11 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="a folder with docs.jsonl")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has datatrove")
     parser.add_argument("--documents", type=int, default=2000, help="of the corpus (default: 2000)")
-    parser.add_argument("--one", choices=("ours", "datatrove"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            {"ours": ours, "datatrove": datatrove}[options.one](options.corpus, Path(folder))
+            CONTENDERS[options.one](options.corpus, Path(folder))
         print(f"\n{cpu_seconds()}")
         return
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -112,7 +122,7 @@ def main() -> None:
         lines = Path(made) / "docs.jsonl"
         chosen = (json.dumps({"id": str(row["id"]), "text": row["text"]}) for row in map(json.loads, all_))
         lines.write_text("\n".join(islice(chosen, options.documents)) + "\n", "utf-8")
-        for name, python in (("ours", sys.executable), ("datatrove", options.peers)):
+        for name, python in zip(CONTENDERS, (sys.executable, sys.executable, options.peers), strict=True):
             command = [python, __file__, "--corpus", str(lines), "--one", name]
             run = subprocess.run(command, capture_output=True, text=True, env=environment)
             if run.returncode:
