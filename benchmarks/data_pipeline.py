@@ -1,19 +1,11 @@
-"""A whole curation beside datatrove's: documents per CPU second, in one run.
+"""A whole pipeline beside datatrove's: documents in a CPU-second, all processes together.
 
-    python benchmarks/data_pipeline.py --corpus FOLDER --peers PYTHON             (some minutes)
-    python benchmarks/data_pipeline.py --corpus FOLDER --peers PYTHON --write     (into docs/benchmarks)
+    python benchmarks/data_pipeline.py --corpus FOLDER --peers PYTHON --documents 2000
 
-A corpus is a folder with `docs.jsonl` ({"id", "text"}), as `dedup_corpus.py` makes it. Both read the same
-lines and do the same kinds of work, each with one process, from the file to documents on disk:
-
-    datatrove   Gopher's repetition and quality, FineWeb's quality, personal data masked,
-                MinHash in its four stages (signatures, buckets, clusters, filter)
-    ours        repetition, quality, personal data masked, exact and near-duplicates (candidates verified),
-                secrets and licences too, a ledger with the reason of every document that went
-
-CPU seconds are those of each process and its children, imports counted. What stays differs, since the rules
-do; the table says how much. `--peers` names the interpreter of an environment with datatrove and what its
-word tokenizer for English needs (spacy).
+Both read the same lines of JSON, one worker each, and write what stays: repetition, quality, personal data
+and near-duplicates. Ours also looks for exact duplicates, languages, secrets and licences, which theirs does
+not; its filter of languages is left out, for it downloads a model. CPU seconds are those of a process and its
+children, imports included.
 """
 
 from __future__ import annotations
@@ -28,161 +20,117 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
-from loss_tables import machine
-from rich.console import Console
-from rich.table import Table
-
-WANTED = 5.0
-
-OURS = """\
-name: pipeline
-sources:
-  - files: {{path: {data}, slice: prose}}
-steps: [exact_duplicates, repetition, quality, personal, secrets, licences, near_duplicates]
-rules:
-  - drop: {{column: exact_duplicates.duplicate}}
-  - drop: {{column: repetition.top_2gram, above: 0.2}}
-  - drop: {{column: quality.broken, above: 0}}
-  - drop: {{column: near_duplicates.duplicate}}
-  - mask: {{column: personal.spans, min_score: 0.5}}
-  - mask: {{column: secrets.spans, min_score: 0.5}}
-"""
-
-THEIRS = """\
-import sys
-from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.dedup import (
-    MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature,
+STEPS = (
+    "exact_duplicates",
+    "near_duplicates",
+    "repetition",
+    "quality",
+    "language",
+    "personal",
+    "secrets",
+    "licences",
 )
-from datatrove.pipeline.dedup.minhash import MinhashConfig
-from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from datatrove.pipeline.formatters import PIIFormatter
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
-
-data, out = sys.argv[1:]
-config = MinhashConfig()
 
 
-def run(name, *pipeline, tasks=1):
-    LocalPipelineExecutor(
-        pipeline=list(pipeline), tasks=tasks, workers=1, logging_dir=f"{out}/logs/{name}",
-    ).run()
+SAME_STEPS = ("near_duplicates", "repetition", "quality", "personal")
 
 
-run(
-    "filters", JsonlReader(data), GopherRepetitionFilter(), GopherQualityFilter(), FineWebQualityFilter(),
-    PIIFormatter(), JsonlWriter(f"{out}/filtered"),
-)
-run("signatures", JsonlReader(f"{out}/filtered"), MinhashDedupSignature(f"{out}/signatures", config))
-run(
-    "buckets", MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config),
-    tasks=config.num_buckets,
-)
-run("clusters", MinhashDedupCluster(f"{out}/buckets", f"{out}/removed", config=config))
-run(
-    "deduplicated", JsonlReader(f"{out}/filtered"), MinhashDedupFilter(f"{out}/removed"),
-    JsonlWriter(f"{out}/kept"),
-)
-"""
+def same_steps(lines: Path, folder: Path) -> None:
+    """Ours, of the steps that theirs has too."""
+    ours(lines, folder, SAME_STEPS)
 
 
-def cpu_of(command: list[str], environment: dict[str, str]) -> float:
-    """CPU seconds of a command with all it starts.
+def ours(lines: Path, folder: Path, steps: tuple[str, ...] = STEPS) -> None:
+    """Build a data set."""
+    copies = [name for name in ("exact_duplicates", "near_duplicates") if name in steps]
+    build = {
+        "name": "corpus",
+        "sources": [{"jsonl": {"path": str(lines)}}],
+        "steps": list(steps),
+        "rules": [
+            *({"drop": {"column": f"{name}.duplicate"}} for name in copies),
+            {"mask": {"column": "personal.spans", "min_score": 0.5}},
+        ],
+    }
+    (folder / "build.yaml").write_text(json.dumps(build), "utf-8")
+    from gyrocompass.cli.main import main as gyro
 
-    Raises:
-        RuntimeError: it failed.
-    """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    arguments = ["data", "build", str(folder / "build.yaml"), "--workers", "1"]
+    assert gyro([*arguments, "--store", str(folder / "store")]) == 0
+
+
+def datatrove(lines: Path, folder: Path) -> None:
+    """Filters, then the four stages of MinHash, as its examples do."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.formatters import PIIFormatter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+
+    config = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
+    at = {name: str(folder / name) for name in ("filtered", "signatures", "buckets", "removed", "kept")}
+    filters = [GopherRepetitionFilter(), GopherQualityFilter(), FineWebQualityFilter(), PIIFormatter()]
+    read = JsonlReader(at["filtered"])
+    stages = [
+        [JsonlReader(str(lines.parent), glob_pattern=lines.name), *filters, JsonlWriter(at["filtered"])],
+        [read, MinhashDedupSignature(output_folder=at["signatures"], config=config)],
+        [MinhashDedupBuckets(at["signatures"], at["buckets"], config=config)],
+        [MinhashDedupCluster(at["buckets"], at["removed"], config=config)],
+        [read, MinhashDedupFilter(at["removed"]), JsonlWriter(at["kept"])],
+    ]
+    for number, stage in enumerate(stages):
+        tasks = config.num_buckets if number == 2 else 1
+        LocalPipelineExecutor(stage, tasks=tasks, workers=1, logging_dir=str(folder / f"log{number}")).run()
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it started that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+CONTENDERS = {"ours": ours, "ours, the same steps": same_steps, "datatrove": datatrove}
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--peers", required=True, help="an interpreter that has datatrove")
-    parser.add_argument("--documents", type=int, default=10_000)
-    parser.add_argument("--write", action="store_true", help="into docs/benchmarks")
+    parser.add_argument("--corpus", type=Path, required=True, help="a folder with docs.jsonl")
+    parser.add_argument("--peers", default=sys.executable, help="the interpreter that has datatrove")
+    parser.add_argument("--documents", type=int, default=2000, help="of the corpus (default: 2000)")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    console = Console()
+    if options.one:
+        with tempfile.TemporaryDirectory() as folder:
+            CONTENDERS[options.one](options.corpus, Path(folder))
+        print(f"\n{cpu_seconds()}")
+        return
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        data = folder / "data"
-        data.mkdir()
-        with (options.corpus / "docs.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in islice(lines, options.documents)]
-        text = "\n".join(json.dumps({"id": str(row["id"]), "text": row["text"]}) for row in rows)
-        (data / "docs.jsonl").write_text(text + "\n", encoding="utf-8")
-        (folder / "build.yaml").write_text(OURS.format(data=data / "docs.jsonl"), encoding="utf-8")
-        (folder / "theirs.py").write_text(THEIRS, encoding="utf-8")
-        console.print("ours ...")
-        build = [
-            sys.executable,
-            "-m",
-            "gyrocompass",
-            "data",
-            "build",
-            str(folder / "build.yaml"),
-            "--workers",
-            "1",
-        ]
-        own = cpu_of([*build, "--store", str(folder / "store"), "--json"], environment)
-        console.print("datatrove ...")
-        its = cpu_of([options.peers, str(folder / "theirs.py"), str(data), str(folder / "out")], environment)
-        kept = _kept(folder)
-    table = Table()
-    for head in ("", "CPU s", "documents per CPU second", "/ ours", "kept"):
-        table.add_column(head)
-    count = len(rows)
-    cells = [
-        ["ours", f"{own:.1f}", f"{count / own:.0f}", "1.00", f"{kept[0]:,}"],
-        ["datatrove", f"{its:.1f}", f"{count / its:.0f}", f"{own / its:.2f}", f"{kept[1]:,}"],
-    ]
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
-    lines_ = [
-        "# A whole curation, measured",
-        "",
-        "Written by `benchmarks/data_pipeline.py`, whose first lines say how to read it.",
-        "",
-        "|  | CPU s | documents per CPU second | / ours | kept |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        *("| " + " | ".join(row) + " |" for row in cells),
-        "",
-        f"- {count:,} documents; ours does {its / own:.1f} times as many in a CPU second "
-        f"(wanted: at least {WANTED:.0f})",
-        f"- {machine()}",
-    ]
-    target = Path("docs/benchmarks" if options.write else "build/benchmarks")
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "data_pipeline.md").write_text("\n".join(lines_) + "\n", encoding="utf-8")
-    console.print(f"written: {(target / 'data_pipeline.md').absolute()}")
-
-
-def _kept(folder: Path) -> tuple[int, int]:
-    """Documents that each let through."""
-    import gzip
-
-    import pyarrow.parquet as pq
-
-    own = sum(
-        pq.read_metadata(path).num_rows
-        for path in folder.glob("store/artifacts/dataset-*/documents-*.parquet")
-    )
-    theirs = 0
-    for path in folder.glob("out/kept/*.jsonl.gz"):
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            theirs += sum(1 for _ in lines)
-    return own, theirs
+    with (
+        tempfile.TemporaryDirectory() as made,
+        (options.corpus / "docs.jsonl").open(encoding="utf-8") as all_,
+    ):
+        lines = Path(made) / "docs.jsonl"
+        chosen = (json.dumps({"id": str(row["id"]), "text": row["text"]}) for row in map(json.loads, all_))
+        lines.write_text("\n".join(islice(chosen, options.documents)) + "\n", "utf-8")
+        for name, python in zip(CONTENDERS, (sys.executable, sys.executable, options.peers), strict=True):
+            command = [python, __file__, "--corpus", str(lines), "--one", name]
+            run = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if run.returncode:
+                print(f"{name}: {run.stderr[-2000:]}")
+                continue
+            spent = float(run.stdout.splitlines()[-1])
+            print(f"{name}: {spent:.1f} CPU s, {options.documents / spent:.0f} documents in a CPU-second")
+    print(f"load {' '.join(f'{value:.1f}' for value in os.getloadavg())}")
 
 
 if __name__ == "__main__":

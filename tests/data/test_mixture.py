@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 from collections import Counter
@@ -178,3 +179,58 @@ def test_each_epoch_has_its_own_order() -> None:
     first, after = sampler._draw(sampler._before)
     second, _ = sampler._draw(after)
     assert sorted(first) == sorted(second) and first.tolist() != second.tolist()
+
+
+def mixed(**settings: object) -> Sampler:
+    """A sampler of 1000, 100 and 10 tokens, in pieces of ten."""
+    sizes = {"large": 100, "middle": 10, "small": 1}
+    rows = [sized(f"{name}{n}", name, 10) for name, pieces in sizes.items() for n in range(pieces)]
+    options = {"length": 10, "rows_per_step": 1} | settings
+    return Sampler(TokenDataset.of(rows), SamplerConfig.model_validate(options))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0])
+def test_a_temperature_raises_shares_to_its_inverse_and_they_are_drawn(temperature: float) -> None:
+    sampler = mixed(temperature=temperature, epochs=3)
+    raised = {
+        name: (n / 1110) ** (1 / temperature) for name, n in (("large", 1000), ("middle", 100), ("small", 10))
+    }
+    planned = sampler.planned()
+    for name, value in raised.items():
+        assert planned[name] == pytest.approx(value / sum(raised.values()))
+    while sampler.next_rows():
+        pass
+    drawn = sampler.drawn_tokens()
+    assert sum(drawn.values()) == 3 * 1110
+    assert all(
+        abs(drawn[name] - planned[name] * 3330) <= 20 for name in drawn
+    )  # two slices are a piece ahead
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    most=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    epochs=st.integers(1, 3),
+    weights=st.fixed_dictionaries(dict.fromkeys(("large", "middle", "small"), st.integers(1, 9))),
+)
+def test_no_slice_is_repeated_more_often_than_allowed(
+    most: float, epochs: int, weights: dict[str, int]
+) -> None:
+    sampler = mixed(most_repeats=most, epochs=epochs, slice_weights=weights)
+    while sampler.next_rows():
+        pass
+    drawn, sizes = sampler.drawn_tokens(), {"large": 1000, "middle": 100, "small": 10}
+    assert all(drawn[name] <= most * size + 10 for name, size in sizes.items())
+    total = min(epochs, most) * 1110
+    assert abs(sum(drawn.values()) - total) <= 10, "what a cap takes goes to those that may have more"
+    free = [name for name in sizes if drawn[name] < most * sizes[name] - 20]
+    for one, other in itertools.pairwise(free):
+        assert drawn[one] / weights[one] == pytest.approx(drawn[other] / weights[other], abs=10)
+
+
+def test_caps_need_to_know_how_long_a_run_is() -> None:
+    with pytest.raises(ValueError, match="needs epochs or tokens"):
+        SamplerConfig(length=10, rows_per_step=1, epochs=None, most_repeats=2)
+    assert mixed(most_repeats=1, epochs=None, tokens=1110).planned()["small"] == pytest.approx(10 / 1110)
+    with pytest.raises(BadInput, match="more than 2 times"):
+        mixed(most_repeats=2, epochs=None, tokens=10_000)

@@ -274,15 +274,21 @@ def _add_data(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     )
     diff.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _store_options(diff)
-    export = _add(actions, "export", "write a data set's card, Croissant metadata, or training summary")
+    export = _add(
+        actions, "export", "write a data set's card, Croissant metadata, training summary or attribution"
+    )
     export.add_argument(
         "dataset", nargs="?", help="an artifact id, a folder, or a build's name (default: the last one built)"
     )
     export.add_argument(
         "--format",
-        choices=("card", "croissant", "eu-summary"),
+        choices=("card", "croissant", "eu-summary", "attribution"),
         default="card",
-        help="Markdown, JSON-LD, or the summary of training content that the EU asks for (default: card)",
+        help="Markdown, JSON-LD, the summary of training content that the EU asks for, or licences and their "
+        "holders (default: card)",
+    )
+    export.add_argument(
+        "--slices", nargs="+", default=[], help="attribution: of these alone, as a mixture reads them"
     )
     export.add_argument("--url", help="where the data set is to be found, for Croissant")
     export.add_argument("--out", type=_path, help="a file (default: standard output)")

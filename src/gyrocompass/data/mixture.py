@@ -9,6 +9,11 @@ never further from the weights than a bundle. Without given weights a slice weig
 slices reach the end of their permutations together and an epoch holds each piece exactly once. With given
 weights an epoch is as many tokens, of whatever slices.
 
+A temperature T turns shares p into shares in proportion to p^(1/T) (Devlin et al. 2019 with 1/T = 0.7): above
+1 smaller slices are read more often than their size says. A cap says how often a slice may be repeated; what
+it takes from a slice goes to the others by their weights, and where all are capped the last epoch ends
+sooner. `planned` says the shares that come of it, `drawn_tokens` what was drawn.
+
 Bundles are drawn in blocks, packed block by block, and the rows of a block are shuffled: packing sorts by
 length, and a step should not hold long documents alone. Under a curriculum by difficulty a block is a window.
 
@@ -29,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from gyrocompass.core.config import Config, canonical_json
 from gyrocompass.core.errors import BadInput, did_you_mean
@@ -37,6 +42,8 @@ from gyrocompass.data.curriculum import CurriculumConfig, difficulty, rising, wa
 from gyrocompass.data.pack import Int64Array, Packed, assemble, bundle, cut, pack
 from gyrocompass.data.tokens import TokenDataset
 
+PLANNED = "mixture.json"
+"""The file of a model artifact with what `Sampler.planned` said."""
 BLOCK_ROWS = 256
 """Rows packed together, at least; enough for best-fit to fill them."""
 
@@ -49,17 +56,34 @@ class SamplerConfig(Config):
         rows_per_step: rows in a window.
         slice_weights: the share of input tokens that each slice gets, up to a common factor; 0 leaves a slice
             out. Every slice of the data is named. None: each slice by its size.
+        temperature: flattens the shares above 1, sharpens them below.
+        most_repeats: how often a slice is read at most in the run; None: as its weight says. It needs
+            weights that do not move.
         curriculum: an order other than chance, or weights that move.
         epochs: how often the data is read; None: without end.
+        tokens: without epochs, how many input tokens are going to be read; only `most_repeats` asks for it.
         seed: of the permutations.
     """
 
     length: PositiveInt
     rows_per_step: PositiveInt
     slice_weights: dict[str, NonNegativeFloat] | None = None
+    temperature: PositiveFloat = 1.0
+    most_repeats: PositiveFloat | None = None
     curriculum: CurriculumConfig | None = None
     epochs: PositiveInt | None = 1
+    tokens: PositiveInt | None = None
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _caps_are_of_something(self) -> SamplerConfig:
+        if self.most_repeats is not None and self.epochs is None and self.tokens is None:
+            raise ValueError("most_repeats needs epochs or tokens: how long a run is decides what repeats")
+        if self.most_repeats is not None and self.curriculum is not None and self.curriculum.slices:
+            raise ValueError(
+                "most_repeats goes with weights that stay as they are: leave curriculum.slices out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -96,11 +120,28 @@ class Sampler:
         n_slices = len(dataset.slice_names)
         self._bundles_by_slice = [np.flatnonzero(slice_B == index) for index in range(n_slices)]
         self._tokens_S = np.bincount(slice_B, self._length_B, n_slices).astype(np.int64)
-        self._weight_S = _slice_weights(config.slice_weights, dataset.slice_names, self._tokens_S)
+        given_S = _slice_weights(config.slice_weights, dataset.slice_names, self._tokens_S)
+        self._weight_S = _tempered(given_S, config.temperature)
         self._set_curriculum()
         self.tokens_per_epoch = int(self._tokens_S[self._weight_S + self._end_S > 0].sum())
+        self._total_tokens = None if config.epochs is None else config.epochs * self.tokens_per_epoch
+        if config.most_repeats is not None:
+            self._cap(config.most_repeats, self._total_tokens or config.tokens or 0)
         self._orders: dict[int, tuple[int, Int64Array]] = {}
         self._begin(_Drawn(0, (0,) * n_slices, (0,) * n_slices), 0)
+
+    def _cap(self, most_repeats: float, wanted: int) -> None:
+        """Lower the weights of slices that would be repeated too often."""
+        planned_S = _capped(self._weight_S, most_repeats * self._tokens_S.astype(np.float64), wanted)
+        self._weight_S = self._end_S = planned_S
+        left = int(planned_S.sum())
+        if self._total_tokens is not None:
+            self._total_tokens = max(left, 1)
+        elif left < wanted - 1:
+            raise BadInput(
+                f"a run of {wanted} tokens repeats every slice more than {most_repeats:g} times",
+                fix=f"take fewer steps (there are {left} tokens), or more repeats",
+            )
 
     def _set_curriculum(self) -> None:
         """What the curriculum says of this dataset: difficulties, block size, and the weights at its end."""
@@ -112,7 +153,8 @@ class Sampler:
         self._ramp_tokens, self._end_S = 0, self._weight_S
         if curriculum is not None and curriculum.slices is not None:
             self._ramp_tokens = curriculum.slices.steps * rows * self.config.length
-            self._end_S = _slice_weights(curriculum.slices.to, self.dataset.slice_names, self._tokens_S)
+            given_S = _slice_weights(curriculum.slices.to, self.dataset.slice_names, self._tokens_S)
+            self._end_S = _tempered(given_S, self.config.temperature)
 
     def __iter__(self) -> Iterator[Packed]:
         return self
@@ -149,6 +191,11 @@ class Sampler:
             counter._begin(counter._after, 0)
             rows += len(counter._rows)
         return -(-rows // self.config.rows_per_step)
+
+    def planned(self) -> dict[str, float]:
+        """The share of input tokens that each slice is to get; under weights that move, at the start."""
+        share_S = self._weight_S / self._weight_S.sum()
+        return dict(zip(self.dataset.slice_names, share_S.tolist(), strict=True))
 
     def drawn_tokens(self) -> dict[str, int]:
         """Input tokens drawn so far by slice, the whole of the current block included."""
@@ -197,8 +244,8 @@ class Sampler:
         bundles, tokens = list(drawn.bundles_S), list(drawn.tokens_S)
         next_slice = self._fixed_shares(tokens) if not self._ramp_tokens else self._moving_shares(tokens)
         left = self._block_tokens
-        if self.config.epochs is not None:
-            left = min(left, self.config.epochs * self.tokens_per_epoch - sum(tokens))
+        if self._total_tokens is not None:
+            left = min(left, self._total_tokens - sum(tokens))
         block: list[int] = []
         while left > 0:
             s = next(next_slice)
@@ -244,8 +291,7 @@ class Sampler:
         return int(self._orders[s][1][place])
 
     def _is_over(self, drawn: _Drawn) -> bool:
-        epochs = self.config.epochs
-        return epochs is not None and sum(drawn.tokens_S) >= epochs * self.tokens_per_epoch
+        return self._total_tokens is not None and sum(drawn.tokens_S) >= self._total_tokens
 
     def _fingerprint(self) -> str:
         """A hash of all that the order depends on."""
@@ -277,3 +323,34 @@ def _slice_weights(
     if not weight_S.any():
         raise BadInput("slice_weights are all 0", fix="give at least one slice a weight above 0")
     return weight_S
+
+
+def _tempered(
+    weight_S: np.ndarray[Any, np.dtype[np.float64]], temperature: float
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Weights in proportion to share^(1/T); a slice without weight keeps none."""
+    if temperature == 1.0:
+        return weight_S
+    largest = weight_S.max()
+    return np.where(weight_S > 0, (weight_S / largest) ** (1.0 / temperature), 0.0)
+
+
+def _capped(
+    weight_S: np.ndarray[Any, np.dtype[np.float64]],
+    cap_S: np.ndarray[Any, np.dtype[np.float64]],
+    total: float,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Tokens of each slice: the total by weight, none above its cap; what is over goes to the others.
+
+    >>> _capped(np.array([3.0, 1.0, 1.0]), np.array([30.0, 100.0, 100.0]), 100.0).tolist()
+    [30.0, 35.0, 35.0]
+    """
+    capped_S = np.zeros(len(weight_S), np.bool_)
+    while True:
+        rest = total - cap_S[capped_S].sum()
+        free = weight_S[~capped_S].sum()
+        tokens_S = np.where(capped_S, cap_S, rest * weight_S / free if free > 0 else 0.0)
+        over_S = ~capped_S & (tokens_S > cap_S)
+        if not over_S.any():
+            return tokens_S
+        capped_S |= over_S

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gyrocompass.core.store import Store
+from gyrocompass.data.mixture import PLANNED
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.reward_calibration import RewardCalibration, load_calibration
 from gyrocompass.recipe.record import RunRecord, StageRecord
@@ -73,9 +74,9 @@ class Drawn(NamedTuple):
     share: float
     """Of the counted targets."""
     wanted: float | None
-    """The share of input tokens that the recipe asked for; None where it named no weights, weights that
-    move, or those of data beside rollouts. Not to be compared with `share`: a slice whose inputs are partly
-    context (prompts) has fewer targets than inputs."""
+    """The share of input tokens that was planned, by weights, temperature, caps and sizes; None where
+    weights move, or where the data stands beside rollouts. Not to be compared with `share`: a slice whose
+    inputs are partly context (prompts) has fewer targets than inputs."""
 
 
 class Forced(NamedTuple):
@@ -108,6 +109,8 @@ class Training(NamedTuple):
     ledger: Ledger
     calibration: RewardCalibration | None
     """Of a reward model with held-out pairs."""
+    planned: dict[str, float]
+    """Shares of input tokens by slice; empty where nothing of it was kept."""
 
     @property
     def smoothed_steps(self) -> int:
@@ -227,7 +230,7 @@ class Training(NamedTuple):
         """What was read of each slice."""
         moves = (self.settings.get("curriculum") or {}).get("slices")
         fixed = not moves and not self.settings.get("rollouts")
-        wanted = self.settings.get("slice_weights") or {} if fixed else {}
+        wanted = self.planned or self.settings.get("slice_weights") or {} if fixed else {}
         total = self.ledger.total.count
         return [
             Drawn(
@@ -247,6 +250,7 @@ def trainings(record: RunRecord, store: Store) -> list[Training]:
 
 def _training(stage: StageRecord, store: Store) -> Training:
     artifact = store.open(stage.artifact, verify=False)
+    planned = artifact.path / PLANNED
     return Training(
         stage=stage.name,
         artifact=stage.artifact,
@@ -259,6 +263,7 @@ def _training(stage: StageRecord, store: Store) -> Training:
         looks=read_metrics(artifact.path / "watch.jsonl"),
         ledger=Ledger.load(artifact.path / "ledger.parquet"),
         calibration=load_calibration(artifact.path),
+        planned=json.loads(planned.read_text("utf-8")) if planned.is_file() else {},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from gyrocompass.core.config import Config, MistakesBelow
 from gyrocompass.core.errors import ConfigError
@@ -43,6 +43,10 @@ class TrainConfig(Config):
     rows_per_step: int = Field(default=32, ge=1)
     rows_per_micro_batch: int = Field(default=8, ge=1)
     slice_weights: dict[str, NonNegativeFloat] | None = None
+    slice_temperature: PositiveFloat = 1.0
+    """Above 1 small slices are read more often than their weights say: shares in proportion to p^(1/T)."""
+    slice_most_repeats: PositiveFloat | None = None
+    """How often a slice is read at most in the whole run; what is over goes to the other slices."""
     curriculum: CurriculumConfig | None = None
     objective: tuple[str | dict[str, Any], ...] = ("nll",)
     blend: BlendConfig | None = None
@@ -69,6 +73,9 @@ class TrainConfig(Config):
             length=self.sequence_length,
             rows_per_step=self.rows_per_step,
             slice_weights=self.slice_weights,
+            temperature=self.slice_temperature,
+            most_repeats=self.slice_most_repeats,
+            tokens=self.steps and self.steps * self.rows_per_step * self.sequence_length,
             curriculum=self.curriculum,
             epochs=self.epochs,
             seed=self.seed,
@@ -86,6 +93,8 @@ class TrainConfig(Config):
     def _check(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.slice_most_repeats is not None and self.curriculum and self.curriculum.slices:
+            raise ValueError("slice_most_repeats and curriculum.slices both move weights: choose one")
         if self.early_stopping and not self.evaluate_every_steps:
             raise ValueError("early_stopping needs evaluate_every_steps")
         try:

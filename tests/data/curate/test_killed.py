@@ -46,7 +46,7 @@ def end_soon(pids: list[str]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_again_and_again_it_comes_to_the_same_root(tmp_path: Path, workers: int) -> None:
     source, counts = lines(tmp_path / "a.jsonl", TEXTS * 4), tmp_path / "counts"
     steps = [{"count_words": {"wait_s": 0.003, "counting_file": str(counts)}}, "same_start"]

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -126,7 +127,8 @@ def holds(condition: dict[str, Any], row: dict[str, Any]) -> bool:
 def by_hand(rules: list[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str]) -> list[int | str]:
     """For each row "kept", or the number of the rule that dropped it."""
     fate: list[int | str] = ["undecided"] * len(rows)
-    for number, rule in enumerate(rules):
+    # What depends on other documents comes after what does not.
+    for number, rule in sorted(enumerate(rules), key=lambda pair: "keep_one" in pair[1]):
         if "keep_one" in rule:
             (preference,) = rule["keep_one"]["prefer"]
 
@@ -189,6 +191,49 @@ def test_verdicts_are_those_by_hand(
             assert row["partner"] in kept | later, "it lost against one that this rule left"
         else:
             assert row["partner"] == "p"
+
+
+CLUSTERED = KNOWN | {"s.duplicate": pa.bool_()}
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=16),
+    shard_bytes=st.sampled_from([10, 1000]),
+    late=st.booleans(),
+)
+def test_of_a_cluster_one_stays_whatever_rule_drops_the_preferred(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], shard_bytes: int, late: bool
+) -> None:
+    """Where no row of a cluster is spared by what it says itself, all go; else exactly the originals stay."""
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus = corpus_of(folder, rows, shard_bytes)
+    first: dict[str, int] = {}
+    duplicate = [
+        row["cluster"] is not None and first.setdefault(row["cluster"], n) != n for n, row in enumerate(rows)
+    ]
+    for shard, begin in enumerate(np.cumsum([0, *corpus.rows[:-1]]).tolist()):
+        path = annotation_path(folder, shard)
+        flags = pa.array(duplicate[begin : begin + corpus.rows[shard]])
+        pq.write_table(pq.read_table(path).append_column("duplicate", flags), path)
+    rules = [{"drop": {"column": "s.duplicate"}}, {"drop": {"column": "s.label", "is_in": ["a"]}}]
+    chosen = rules if late else rules[::-1]
+    verdicts = decide(corpus, [Rule.model_validate(rule) for rule in chosen], CLUSTERED)
+    ids = [i for batch in corpus.batches(["id"]) for i in batch["id"].to_pylist()]
+    kept = {n for n, stays in enumerate(verdicts.kept_D) if stays}
+    for name in {row["cluster"] for row in rows}:
+        members = [n for n, row in enumerate(rows) if row["cluster"] == name]
+        spared = [n for n in members if rows[n]["label"] != "a"]
+        if name is None:
+            assert kept & set(members) == set(spared)
+        elif not spared:
+            assert not kept & set(members)
+        else:
+            best = spared[0] if not duplicate[spared[0]] else min(spared, key=lambda n: ids[n])
+            assert kept & set(members) == {best}
+            if duplicate[best]:
+                gone = [row for row in verdicts.ledger.to_pylist() if row["id"] in {ids[n] for n in spared}]
+                assert {row["partner"] for row in gone} <= {ids[best]}
 
 
 def test_a_threshold_is_that_of_the_longest_slice_that_fits() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyrocompass.data.document import Message
@@ -74,6 +74,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(json_values), st.sampled_from([None, 1]), st.integers(1, 7))
 def test_items_are_those_of_the_array_however_it_is_read(
     items: list[Any], indent: int | None, piece: int

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gyrocompass.data.curate import checksums
 from gyrocompass.data.curate.canaries import Draw, Found, measure, plant
 from gyrocompass.data.curate.national_ids import NATIONAL_IDS, normal
-from gyrocompass.data.curate.personal import find_in
+from gyrocompass.data.curate.personal import KINDS, PersonalKind, find_in
 from gyrocompass.data.curate.personal_numbers import is_card
 
 _FIRST = [
@@ -260,6 +260,17 @@ DECOYS: tuple[Draw, ...] = (
 """What draws a decoy."""
 
 
-def measured(seed: int = 0, n: int = 300) -> dict[tuple[str, str], Found]:
-    """Recall and precision of `PersonalData` on planted texts, `n` of each slice."""
-    return measure(find_in, plant(DRAWS, DECOYS, seed=seed, n=n, before=WORDS))
+def measured(
+    seed: int = 0, n: int = 300, kinds: Sequence[PersonalKind] = KINDS, minimum_score: float = 0.5
+) -> dict[tuple[str, str], Found]:
+    """Recall and precision of `PersonalData` on planted texts, `n` of each slice.
+
+    Args:
+        seed: of what is planted.
+        n: texts of each slice.
+        kinds: those that are planted and looked for.
+        minimum_score: of what counts as found.
+    """
+    draws = {kind: draw for kind, draw in DRAWS.items() if kind.partition(".")[0] in kinds}
+    texts = plant(draws, DECOYS, seed=seed, n=n, before=WORDS)
+    return measure(lambda text: find_in(text, kinds), texts, minimum_score)

@@ -109,7 +109,9 @@ DECOYS: tuple[Draw, ...] = (
 """What draws a decoy."""
 
 
-def measured(engine: SecretEngine = "builtin", seed: int = 0, n: int = 300) -> dict[tuple[str, str], Found]:
+def measured(
+    engine: SecretEngine = "builtin", seed: int = 0, n: int = 300, minimum_score: float = 0.5
+) -> dict[tuple[str, str], Found]:
     """Recall and precision on planted texts, `n` of each slice.
 
     Other engines have names of their own for kinds, so that only the places of what they find count.
@@ -119,4 +121,6 @@ def measured(engine: SecretEngine = "builtin", seed: int = 0, n: int = 300) -> d
         return [span._replace(kind="secret") for span in find_in(text, engine)]
 
     texts = plant(DRAWS, DECOYS, seed=seed, n=n, before=WORDS, after=AFTER)
-    return measure(find_in if engine == "builtin" else find, texts, same_kind=engine == "builtin")
+    return measure(
+        find_in if engine == "builtin" else find, texts, minimum_score, same_kind=engine == "builtin"
+    )

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.store import Store
+from gyrocompass.data.curate.canary_figures import CanaryFigure, canary_figures
 from gyrocompass.data.curate.config import BuildConfig, build_from
 from gyrocompass.data.curate.corpus import Corpus
 from gyrocompass.data.curate.dataset import COVERED, LEDGER, STATISTICS, document_batches
@@ -119,6 +120,8 @@ class DataCard(NamedTuple):
     skipped: Mapping[str, int]
     """Records left out by rule while reading, by reason."""
     findings: tuple[Finding, ...]
+    canaries: tuple[CanaryFigure, ...]
+    """What the finders of personal data and secrets find of planted texts, by slice."""
     sources: tuple[Mapping[str, Any], ...]
     """As the build lists them."""
     steps: tuple[str, ...]
@@ -184,6 +187,7 @@ def read_card(store: Store, parts: Parts) -> DataCard:
         lost=tuple(_lost(dataset.path)),
         skipped=json.loads((corpus.path / SKIPPED).read_text("utf-8")),
         findings=tuple(_findings(parts, kept)),
+        canaries=tuple(canary_figures(config.steps)),
         sources=tuple(source.model_dump(mode="json", exclude_none=True) for source in config.sources),
         steps=tuple(named.label for named in config.steps),
         rules=tuple(f"{rule.action}: {rule.title}" for rule in config.rules),
@@ -412,6 +416,8 @@ def card_markdown(card: DataCard) -> str:
         ("", "Other spans"),
     ):
         lines += [f"### {heading}", "", *findings_lines(card, topic), ""]
+    if card.canaries:
+        lines += ["### How much the finders find", "", *canary_lines(card), ""]
     lines += ["## How it was made", "", "Sources, in order:", ""]
     lines += [f"- {escaped(_source_line(source))}" for source in card.sources]
     lines += ["", f"Steps: {', '.join(card.steps) or 'none'}.", "", "Rules, in order:", ""]
@@ -449,6 +455,25 @@ def findings_lines(card: DataCard, topic: str) -> list[str]:
         for each in found
     ]  # fmt: skip
     return markdown_table(heads, rows)
+
+
+def canary_lines(card: DataCard) -> list[str]:
+    """Recall and precision on planted texts as Markdown."""
+    heads = ("step", "planted slice", "planted values", "recall", "precision", "found least", "its recall")
+    rows = [
+        (
+            each.step,
+            each.slice,
+            f"{each.planted:,}",
+            f"{each.recall:.3f}",
+            f"{each.precision:.3f}",
+            each.worst_kind,
+            f"{each.worst_recall:.3f}",
+        )
+        for each in card.canaries
+    ]
+    said = "Drawn texts with planted values and decoys, looked through with this build's options."
+    return [said, "", *markdown_table(heads, rows)]
 
 
 def counted_table(name: str, rows: Iterable[Counted], total: Counted) -> list[str]:

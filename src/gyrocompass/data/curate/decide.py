@@ -8,7 +8,6 @@ document, and the ledger's rows.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gyrocompass.data.curate.corpus import Corpus
-from gyrocompass.data.curate.rules import Condition, KeepOne, Preference, Rule, partner_column
+from gyrocompass.data.curate.rules import Condition, KeepOne, Preference, Rule, copies_of, partner_column
 from gyrocompass.data.curate.step import join_batches
 
 LEDGER_SCHEMA = pa.schema(
@@ -85,12 +84,12 @@ class _Judge:
     def verdicts(self) -> Verdicts:
         self._drop_failed()
         numbered = [pair for pair in enumerate(self.rules) if pair[1].action in ("keep", "drop", "keep_one")]
-        for together, group in itertools.groupby(numbered, lambda pair: pair[1].keep_one is not None):
-            if together:
-                for number, rule in group:
-                    self._keep_one(number, rule)
-            else:
-                self._compare(list(group))
+        self._compare([pair for pair in numbered if not pair[1].is_relative(self.known)])
+        for number, rule in numbered:
+            if rule.keep_one is not None:
+                self._keep_one(number, rule)
+            elif cluster := copies_of(rule, self.known):
+                self._drop_copies(number, rule, cluster)
         places = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in self.entries)])
         ledger = pa.Table.from_batches([batch for _, batch in self.entries], LEDGER_SCHEMA)
         return Verdicts(self.kept_D, self.rule_D, ledger.take(pa.array(np.argsort(places, kind="stable"))))
@@ -116,6 +115,8 @@ class _Judge:
 
     def _compare(self, numbered: Sequence[tuple[int, Rule]]) -> None:
         """Rules that look at one document at a time."""
+        if not numbered:
+            return
         columns = [name for _, rule in numbered for name in rule.columns(self.known)]
         for begin, rows in self._shards(columns):
             state = self.rule_D[begin : begin + rows.num_rows]
@@ -139,6 +140,33 @@ class _Judge:
                     hits.thresholds,
                     None if partner is None else rows[partner],
                 )
+
+    def _drop_copies(self, number: int, rule: Rule, cluster: str) -> None:
+        """Duplicates go; of a cluster in which nothing else is left, the oldest stays, or the smallest id."""
+        chosen, columns = rule.drop, rule.columns(self.known)
+        assert chosen is not None
+        hit_D = np.zeros(len(self.rule_D), np.bool_)
+        left = []
+        for begin, rows in self._shards(columns):
+            own = slice(begin, begin + rows.num_rows)
+            hit_D[own] = chosen.holds(rows).mask & (self.rule_D[own] == _UNDECIDED)
+            arrays = [rows[cluster], pa.array(hit_D[own]), rows["time"], rows["id"]]
+            names = ["value", "copy", "time", "id"]
+            left.append(pa.RecordBatch.from_arrays(arrays, names).filter(pa.array(self.kept_D[own])))
+        members = pa.Table.from_batches(left).filter(pc.field("value").is_valid())
+        best = _first_of_each(members, [("copy", "ascending"), ("time", "ascending"), ("id", "ascending")])
+        elected = best.filter(pc.field("copy"))
+        partner_name = partner_column(chosen, self.known)
+        for begin, rows in self._shards(columns):
+            own = slice(begin, begin + rows.num_rows)
+            survivor = elected["id"].combine_chunks().take(pc.index_in(rows[cluster], elected["value"]))
+            stays = pc.fill_null(pc.equal(survivor, rows["id"]), False).to_numpy(zero_copy_only=False)
+            known = rows[partner_name] if partner_name else pa.nulls(rows.num_rows, pa.string())
+            partner = pc.coalesce(survivor, known.cast(pa.string()))
+            mask = hit_D[own] & ~stays
+            self._drop(
+                number, rule.title, chosen.column, begin, rows, mask, rows[chosen.column], partner=partner
+            )
 
     def _keep_one(self, number: int, rule: Rule) -> None:
         """Of what is left of each cluster, the best stays."""
@@ -174,15 +202,11 @@ class _Judge:
 
     def _best(self, members: pa.Table, chosen: KeepOne) -> pa.Table:
         """The survivor of each cluster: `value`, `id`."""
-        keys = [("value", "ascending"), ("not yet kept", "ascending")]
+        keys = [("not yet kept", "ascending")]
         for number, preference in enumerate(chosen.prefer):
             order = "descending" if preference.order == "highest" else "ascending"
             keys.append((f"preference {number}", order))
-        keys.append(("id", "ascending"))
-        members = members.take(pc.sort_indices(members, sort_keys=keys))
-        codes = members["value"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-        first = np.flatnonzero(np.diff(codes, prepend=-1))
-        return members.select(["value", "id"]).take(pa.array(first))
+        return _first_of_each(members, [*keys, ("id", "ascending")])
 
     def _drop(
         self,
@@ -212,6 +236,13 @@ class _Judge:
         arrays.append(pa.array(limits, pa.float64(), mask=np.isnan(limits)))
         arrays.append(pa.nulls(n, pa.string()) if partner is None else partner.take(at).cast(pa.string()))
         self.entries.append((begin + places, pa.RecordBatch.from_arrays(arrays, schema=LEDGER_SCHEMA)))
+
+
+def _first_of_each(members: pa.Table, keys: Sequence[tuple[str, str]]) -> pa.Table:
+    """The row of each `value` that comes first by these keys."""
+    members = members.take(pc.sort_indices(members, sort_keys=[("value", "ascending"), *keys]))
+    codes = members["value"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    return members.take(pa.array(np.flatnonzero(np.diff(codes, prepend=-1))))
 
 
 def _comparable(column: pa.Array, preference: Preference) -> pa.Array:

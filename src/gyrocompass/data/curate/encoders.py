@@ -128,17 +128,22 @@ def _model2vec(folder: Path) -> Encoder:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise _missing("model2vec") from error
-    # Read here: `from_pretrained` would look a name that is no folder up on a hub.
-    arrays = load_file(folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = StaticModel(
-        arrays["embeddings"] if "embeddings" in arrays else arrays["embedding.weight"],
-        Tokenizer.from_file(str(folder / "tokenizer.json")),
-        config,
-        normalize=config.get("normalize", False),
-        weights=arrays.get("weights"),
-        token_mapping=arrays.get("mapping"),
-    )
+    try:
+        # Read here, and not by the package, which looks for what is missing on a hub.
+        tensors = load_file(folder / "model.safetensors")
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        model = StaticModel(
+            tensors["embeddings"] if "embeddings" in tensors else tensors["embedding.weight"],
+            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            settings,
+            normalize=bool(settings.get("normalize", False)),
+            weights=tensors.get("weights"),
+            token_mapping=tensors.get("mapping"),
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise BadInput(
+            f"not a model2vec model: {error}", where=folder, fix="give a folder that model2vec saved"
+        ) from None
 
     def encode(texts: Sequence[str]) -> Float32Array:
         vectors = model.encode(list(texts), use_multiprocessing=False)

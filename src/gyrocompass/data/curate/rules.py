@@ -7,10 +7,12 @@
       - keep_one: {column: near_duplicates.cluster, prefer: [{column: n_bytes, order: highest}]}
       - mask: {column: personal.spans, kinds: [email, phone], by: "[{kind}]"}
 
-Rules are read in order, and the first one that keeps or drops a document decides; masks of a document that
-stays add up. A threshold may differ by slice: the name of the slice itself, else the longest name that it
-begins with (`prose` for `prose/docs`), else `*`; where none fits, the rule says nothing. A null is compared
-with nothing. Of lists, such as spans, the number of entries is compared.
+Rules are read in order, and the first one that keeps or drops a document decides. Those that ask which others
+stay (`keep_one`, and `drop` of a step's `duplicate`) come after all the rest, wherever they stand: one of a
+cluster stays even if another rule drops the one that was preferred. Masks of a document that stays add up. A
+threshold may differ by slice: the name of the slice itself, else the longest name that it begins with
+(`prose` for `prose/docs`), else `*`; where none fits, the rule says nothing. A null is compared with nothing.
+Of lists, such as spans, the number of entries is compared.
 
     Condition.holds(rows) --> which rows, the value and the threshold of each
 """
@@ -261,7 +263,19 @@ class Rule(Config):
         if isinstance(chosen, KeepOne):
             read += [preference.column for preference in chosen.prefer]
         partner = partner_column(chosen, known)
-        return read + ([partner] if partner else [])
+        copies = copies_of(self, known)
+        return read + ([partner] if partner else []) + ([copies, "time"] if copies else [])
+
+    def is_relative(self, known: Mapping[str, pa.DataType]) -> bool:
+        """Whether what it says of a document depends on which others stay: `keep_one`, and copies that go."""
+        return self.keep_one is not None or copies_of(self, known) is not None
+
+
+def copies_of(rule: Rule, known: Mapping[str, pa.DataType]) -> str | None:
+    """The column of clusters, where a rule drops what a step calls a duplicate in one."""
+    step, _, column = rule.drop.column.rpartition(".") if rule.drop else ("", "", "")
+    cluster = f"{step}.cluster"
+    return cluster if column == "duplicate" and cluster in known else None
 
 
 def partner_column(chosen: Selected, known: Mapping[str, pa.DataType]) -> str | None:

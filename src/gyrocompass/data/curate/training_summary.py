@@ -16,6 +16,7 @@ from typing import Any
 from gyrocompass.data.curate.card import (
     UNKNOWN,
     DataCard,
+    canary_lines,
     counted_table,
     escaped,
     findings_lines,
@@ -117,6 +118,7 @@ def training_summary(card: DataCard) -> str:
         "",
         *findings_lines(card, "secrets"),
         "",
+        *(["How much the finders find:", "", *canary_lines(card), ""] if card.canaries else []),
         "Contamination with benchmarks:",
         "",
         *findings_lines(card, "contamination"),

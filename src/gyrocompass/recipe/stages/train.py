@@ -13,6 +13,7 @@ format with its tokenizer, and beside it what the run said of itself:
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from torch import nn
 from gyrocompass.core.artifact import Artifact, Draft
 from gyrocompass.core.config import MistakesBelow
 from gyrocompass.core.errors import BadInput
+from gyrocompass.data.mixture import PLANNED, Sampler
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.data.trace import TRACE, write_trace
@@ -195,7 +197,8 @@ class TrainStage(JudgingStage, TrainConfig):
         if rollouts.advantage.beta and not self.has_reference:
             raise ValueError("rollouts.advantage.beta needs a reference")
         size = f"a step of rollouts is prompts_per_step * samples_per_prompt samples, here {rollouts.samples}"
-        for field, why in (("slice_weights", ""), ("curriculum", ""), ("rows_per_step", f": {size}")):
+        mixture = [("slice_weights", ""), ("slice_temperature", ""), ("slice_most_repeats", "")]
+        for field, why in (*mixture, ("curriculum", ""), ("rows_per_step", f": {size}")):
             if self.data is None and field in self.model_fields_set and getattr(self, field) is not None:
                 raise MistakesBelow([((field,), f"{field} goes with data, not with rollouts alone{why}")])
 
@@ -267,6 +270,9 @@ class TrainStage(JudgingStage, TrainConfig):
                 sampler, skipped = config.sampler(), outcome.skipped_windows
                 tokens, steps = workplace.input("data"), outcome.steps
                 write_trace(draft.path / TRACE, data, tokens, sampler, steps=steps, skipped=skipped)
+                if self.rollouts is None:
+                    planned = json.dumps(Sampler(data, sampler).planned(), indent=2, ensure_ascii=False)
+                    (draft.path / PLANNED).write_text(planned + "\n", encoding="utf-8")
         if tracker is not None:
             tracker.close()
 
