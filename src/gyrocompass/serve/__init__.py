@@ -1,0 +1,1 @@
+"""Answers over HTTP, each with its confidence, behind a gate that knows when to ask a person."""
