@@ -28,17 +28,18 @@ def test_shares_are_those_of_sets_and_order_does_not_matter(texts: list[str], dr
     sets = {name: shingle_set(text, 2) for name, text in zip(ids, texts, strict=True)}
     rows = rows_by_id(texts, ids, EVERYTHING)
     for name, own in sets.items():
-        shares = [len(own & sets[other]) / len(own) for other in ids if other != name and own]
         row = rows[name]
-        assert row["containment"] == pytest.approx(max(shares, default=0.0))
+        shares = {other: len(own & sets[other]) / len(own) for other in ids if other != name and own}
         both = [sets[row[column]] for column in ("partner", "second") if row[column] is not None]
         if both:
+            assert row["containment"] == pytest.approx(shares[row["partner"]])
             assert row["covered"] == pytest.approx(len(own & frozenset().union(*both)) / len(own))
-        for other in ids if own else ():
-            if other != name and row["partner"] is not None:
-                assert (
-                    len(own & (sets[row["partner"]] | sets[other])) / len(own) <= row["covered"] + 0.0100001
-                )
+        if row["redundant"]:  # its partners are then chosen among those that stay
+            continue
+        assert row["containment"] == pytest.approx(max(shares.values(), default=0.0))
+        for other in shares if both else ():
+            share_of_two = len(own & (sets[row["partner"]] | sets[other])) / len(own)
+            assert share_of_two <= row["covered"] + 0.0100001
     order = draw.sample(range(len(texts)), len(texts))
     assert rows_by_id([texts[n] for n in order], [ids[n] for n in order], EVERYTHING) == rows
 
@@ -78,7 +79,13 @@ def test_spliced_halves_are_found_in_both(planted: Planted) -> None:
         rows[ids[n]] for n in range(len(ids))
         if planted.kinds[n] == "base" and all(n not in origins for origins in planted.origins)
     ]  # fmt: skip
-    assert sum(row["redundant"] for row in alone) <= 0.01 * len(alone)
+    # A standard library has copies of its own: what is said to be redundant has to be.
+    sets = dict(zip(ids, (shingle_set(text, 5) for text in planted.texts), strict=True))
+    for row in alone:
+        partners = [sets[row[column]] for column in ("partner", "second") if row[column] is not None]
+        own = sets[row["id"]]
+        assert not row["redundant"] or len(own & frozenset().union(*partners)) >= 0.9 * len(own)
+    assert sum(row["redundant"] for row in alone) <= 0.1 * len(alone)
 
 
 def test_the_step_has_its_columns_before_there_are_documents() -> None:
