@@ -92,7 +92,7 @@ class Backend(Protocol):
         """log p of each label as what follows the prompt, nats.
 
         Raises:
-            Failure: as for `write`; or this backend cannot tell (501).
+            Failure: as for `write`; or this backend cannot tell (404).
         """
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -106,7 +106,7 @@ class Backend(Protocol):
         """The text of ids.
 
         Raises:
-            Failure: 400 for an id that is none; 501 where there is no tokenizer.
+            Failure: 400 for an id that is none; 404 where there is no tokenizer.
         """
 
     async def tokenizer_info(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ _TYPES = {
     415: "invalid_request_error",
     422: "invalid_request_error",
     429: "rate_limit_error",
-    501: "not_supported_error",
     502: "upstream_error",
     503: "overloaded_error",
     504: "timeout_error",

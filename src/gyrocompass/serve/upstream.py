@@ -113,7 +113,7 @@ class Upstream:
     async def likelihoods(self, job: Job, labels: Sequence[str]) -> list[float]:
         """From the twenty likeliest first tokens of its answer."""
         if len(labels) > 20:
-            raise Failure(501, "an upstream tells the 20 likeliest tokens: ask with at most 20 choices")
+            raise Failure(404, "an upstream tells the 20 likeliest tokens: ask with at most 20 choices")
         body = await self._body(job, True)
         body |= {
             "max_tokens": 1,
@@ -128,7 +128,7 @@ class Upstream:
             told = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             found = [(str(one["token"]).strip(), float(one["logprob"])) for one in told]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Failure(501, "the upstream tells no log-probabilities: it cannot decide") from error
+            raise Failure(404, "the upstream tells no log-probabilities: it cannot decide") from error
         # What is not among the twenty is at most as likely as the last of them.
         least = min((value for _, value in found), default=-math.inf)
         mass = {label: sum(math.exp(value) for text, value in found if text == label) for label in labels}

@@ -1,0 +1,78 @@
+"""The server as an ASGI app.
+
+    make_app(services, settings) --> FastAPI
+
+`Services` says what it is made of: a backend that writes, a gate, a log, keys, more routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from gyrocompass import __version__
+from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.metrics import Metrics
+from gyrocompass.serve.routes import BODIES, Routes, ServeSettings, Services
+from gyrocompass.serve.surface import Surface
+
+
+def make_app(services: Services, settings: ServeSettings) -> FastAPI:
+    """The app, ready for an ASGI server; `/v1/*`, the tokenizer's routes, health and metrics."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await services.backend.close()
+        if services.stronger is not None:
+            await services.stronger.close()
+        for close in services.on_close:
+            await close()
+
+    app = FastAPI(title="Gyrocompass", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    metrics = Metrics()
+    app.state.metrics = metrics
+    app.add_exception_handler(Failure, _failed)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_exception_handler(Exception, _crashed)
+    app.add_middleware(Surface, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.include_router(Routes(services, settings, metrics).router())
+    for router in services.routers:
+        app.include_router(router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _failed(request: Request, failure: Exception) -> Response:
+    assert isinstance(failure, Failure)
+    return JSONResponse(failure.body(), failure.status, dict(failure.headers()))
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    failure = Failure(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(failure.body(), error.status_code, dict(error.headers or {}))
+
+
+async def _crashed(request: Request, error: Exception) -> Response:
+    failure = Failure(500, f"an error of ours; the log has it under {request.scope.get('gyro_id')}")
+    return JSONResponse(failure.body(), 500)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, with the schemas of bodies that handlers read themselves."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for kind in BODIES:
+            schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[kind.__name__] = schema
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,137 @@
+"""One question through gate, model and gate again, and into the log; whole, or piece by piece.
+
+    before --> write --> after --> (escalate: the stronger backend writes, and is judged too) --> event
+
+Where there is a gate nothing is shown before it has decided: a stream then starts when the answer is whole.
+Without one, pieces are shown as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, NamedTuple
+
+from gyrocompass.serve.answer import Answered, Asked, EventSink, Gatekeeper, Judgement
+from gyrocompass.serve.backend import Backend, Job, Piece, Samples
+from gyrocompass.serve.failures import Failure
+
+NO_STRONGER = "the gate asked for a stronger model, and none is set"
+ABSTENTION = "I am not sure enough to answer this."
+
+
+class Outcome(NamedTuple):
+    """One sample, as it ended."""
+
+    answered: Answered
+    judgement: Judgement | None
+    extra: Mapping[str, Any]
+    reply: Mapping[str, Any]
+
+
+class Exchange:
+    """Asks a backend on behalf of clients.
+
+    Args:
+        backend: writes the answers.
+        stronger: writes those that the gate escalates; None: they become abstentions.
+        gate: decides; None: every answer is shown.
+        events: the log; None: nothing is kept.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        stronger: Backend | None = None,
+        gate: Gatekeeper | None = None,
+        events: EventSink | None = None,
+    ) -> None:
+        self.backend, self._stronger, self._gate, self._events = backend, stronger, gate, events
+
+    @property
+    def shows_live(self) -> bool:
+        """Whether pieces may be shown before an answer is whole."""
+        return self._gate is None
+
+    async def whole(self, asked: Asked, job: Job) -> list[Outcome]:
+        """Every sample, judged and logged.
+
+        Raises:
+            Failure: as for `Backend.write`.
+        """
+        try:
+            found = await self._whole(asked, job)
+        except Failure as failure:
+            self.record(asked, None, None, failure.status)
+            raise
+        except asyncio.CancelledError:
+            self.record(asked, None, None, 499)
+            raise
+        for outcome in found:
+            self.record(asked, outcome.answered, outcome.judgement, 200)
+        return found
+
+    async def _whole(self, asked: Asked, job: Job) -> list[Outcome]:
+        if self._gate is not None and (judgement := await self._gate.before(asked)) is not None:
+            waited_s = time.time() - asked.received_at
+            nothing = Answered("", (), "stop", 0, 0.0, waited_s, waited_s, "")
+            return [Outcome(nothing, judgement, {}, {})] * job.samples
+        samples = await _gathered(self.backend, job)
+        found = []
+        for answered, extra in zip(samples.answered(), samples.extra, strict=True):
+            outcome = Outcome(answered, None, extra, samples.reply)
+            found.append(outcome if self._gate is None else await self._judged(asked, job, outcome))
+        return found
+
+    async def _judged(self, asked: Asked, job: Job, outcome: Outcome) -> Outcome:
+        assert self._gate is not None
+        judgement = await self._gate.after(asked, outcome.answered)
+        if judgement.outcome != "escalate":
+            return outcome._replace(judgement=judgement)
+        if self._stronger is not None:
+            samples = await _gathered(self._stronger, job._replace(samples=1))
+            outcome = Outcome(samples.answered()[0], None, samples.extra[0], samples.reply)
+            second = await self._gate.after(asked, outcome.answered)
+            judgement = second._replace(reasons=(*judgement.reasons, *second.reasons))
+            if judgement.outcome != "escalate":
+                return outcome._replace(judgement=judgement)
+        reasons = judgement.reasons if self._stronger is not None else (*judgement.reasons, NO_STRONGER)
+        return outcome._replace(
+            judgement=judgement._replace(outcome="abstain", reasons=reasons, text=ABSTENTION)
+        )
+
+    async def live(self, asked: Asked, job: Job) -> AsyncIterator[Piece]:
+        """Pieces as they come, for a server without a gate; logged when they end, however they do.
+
+        Raises:
+            Failure: as for `Backend.write`.
+        """
+        samples = Samples(job, self.backend.name)
+        status = 499  # of a client that left, unless we come to the end
+        try:
+            async for piece in self.backend.write(job):
+                samples.add(piece, time.time())
+                yield piece
+            status = 200
+        except Failure as failure:
+            status = failure.status
+            raise
+        finally:
+            for answered in samples.answered():
+                self.record(asked, answered, None, status)
+
+    def record(
+        self, asked: Asked, answered: Answered | None, judgement: Judgement | None, status: int
+    ) -> None:
+        """Log how a request ended."""
+        if self._events is not None:
+            self._events.record(asked, answered, judgement, status)
+
+
+async def _gathered(backend: Backend, job: Job) -> Samples:
+    samples = Samples(job, backend.name)
+    async for piece in backend.write(job):
+        samples.add(piece, time.time())
+    return samples

@@ -1,0 +1,518 @@
+"""The handlers: a body is read (`wire`), asked (`exchange`), what came is rendered (`render`, `streams`)."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from gyrocompass.core.config import Config
+from gyrocompass.model.decoding import Decoding
+from gyrocompass.serve import render
+from gyrocompass.serve.answer import Asked, EventSink, Gatekeeper, Judgement
+from gyrocompass.serve.backend import Backend, Job, Samples
+from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
+from gyrocompass.serve.exchange import Exchange, Outcome
+from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.metrics import Metrics
+from gyrocompass.serve.streams import (
+    ChatChunks,
+    Chunks,
+    TextChunks,
+    events,
+    merged,
+    one_chunk,
+    together,
+    until_gone,
+)
+from gyrocompass.serve.wire import (
+    ChatRequest,
+    CompletionRequest,
+    DecisionRequest,
+    DetokenizeRequest,
+    ModerationRequest,
+    TokenizeRequest,
+    read,
+    texts_of,
+)
+
+_GREEDY = Decoding()
+
+BODIES = (
+    ChatRequest, CompletionRequest, DecisionRequest, ModerationRequest, TokenizeRequest, DetokenizeRequest,
+)  # fmt: skip
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_REFUSED = {"description": "refused", "content": {"application/json": {"schema": _ERROR}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    **dict.fromkeys((400, 401, 403, 404, 413, 429, 502, 503, 504), _REFUSED),
+    200: {"description": "answered"},
+}
+
+
+class Caller(NamedTuple):
+    """Who asks, by the API key."""
+
+    id: str
+    tier: str
+
+
+NOBODY = Caller("", "")
+
+
+class KeyCheck(Protocol):
+    """Knows API keys."""
+
+    def check(self, authorization: str | None, scope: str) -> Caller:
+        """The caller of a request with this header.
+
+        Raises:
+            Failure: 401 without a key that is one, 403 for a key without the scope, 429 beyond its rate.
+        """
+
+
+class ServeSettings(Config):
+    """Limits of a server."""
+
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    max_tokens: int = Field(default=4096, ge=1)
+    """Of one answer, whatever a request asks for."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Of a request that names none, and the most that one may name."""
+    user_secret: str = Field(default="", repr=False)
+    """Keys the hash by which events know users; empty: one of this process's own."""
+
+
+class Services(NamedTuple):
+    """What an app is made of."""
+
+    backend: Backend
+    stronger: Backend | None = None
+    gate: Gatekeeper | None = None
+    events: EventSink | None = None
+    keys: KeyCheck | None = None
+    """None: everybody may ask."""
+    moderate: Callable[[str], Awaitable[Mapping[str, float]]] | None = None
+    """Safety scores of a text, by name, 0 to 1."""
+    calibrate_choice: Calibrate | None = None
+    lineage: Mapping[str, str | None] = {}
+    """Ids of what answers: model, dataset, recipe."""
+    routers: Sequence[APIRouter] = ()
+    """More routes: review, pages."""
+    on_close: Sequence[Callable[[], Awaitable[None]]] = ()
+
+
+class Routes:
+    """The handlers, which share what they are made of."""
+
+    def __init__(self, services: Services, settings: ServeSettings, metrics: Metrics) -> None:
+        self._services, self._settings, self._metrics = services, settings, metrics
+        self._exchange = Exchange(
+            services.backend, stronger=services.stronger, gate=services.gate, events=services.events
+        )
+        self._secret = settings.user_secret.encode() or secrets.token_bytes(32)
+
+    def router(self) -> APIRouter:
+        """All routes."""
+        router = APIRouter()
+        posts: list[tuple[str, Any, type[BaseModel]]] = [
+            ("/v1/chat/completions", self.chat, ChatRequest),
+            ("/v1/completions", self.completions, CompletionRequest),
+            ("/v1/decisions", self.decisions, DecisionRequest),
+            ("/v1/moderations", self.moderations, ModerationRequest),
+            ("/tokenize", self.tokenize, TokenizeRequest),
+            ("/detokenize", self.detokenize, DetokenizeRequest),
+        ]
+        for path, handler, kind in posts:
+            reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
+            body = {"required": True, "content": {"application/json": {"schema": reference}}}
+            router.add_api_route(
+                path, handler, methods=["POST"], openapi_extra={"requestBody": body}, responses=RESPONSES,
+                response_class=JSONResponse,
+            )  # fmt: skip
+        for path, handler in (
+            ("/v1/models", self.models),
+            ("/v1/models/{name:path}", self.model),
+            ("/tokenizer_info", self.tokenizer_info),
+            ("/health", self.health),
+            ("/ready", self.ready),
+        ):
+            router.add_api_route(path, handler, responses=RESPONSES, response_class=JSONResponse)
+        router.add_api_route("/metrics", self.metrics, include_in_schema=False)
+        return router
+
+    async def chat(self, request: Request) -> Response:
+        """A conversation's next message."""
+        body = await request.body()
+        caller = self._caller(request)
+        asked_for = read(ChatRequest, body)
+        given = json.loads(body)
+        tools = asked_for.tools if asked_for.tools and asked_for.tool_choice != "none" else []
+        messages = [message.plain() for message in asked_for.messages]
+        alternatives = (asked_for.top_logprobs or 0) if asked_for.logprobs else 0
+        asked = self._asked(
+            request, caller, asked_for, "chat", texts_of(asked_for.messages), messages, asked_for.limit()
+        )
+        job = self._job(
+            asked, messages, asked_for, asked_for.decoding(**asked_for.constraint()), alternatives
+        )._replace(tools=tools, body=given)
+
+        def choice(place: int, outcome: Outcome) -> dict[str, Any]:
+            return render.chat_choice(
+                place,
+                outcome.answered,
+                outcome.judgement,
+                request_id=asked.id,
+                logprobs=bool(asked_for.logprobs),
+                alternatives=alternatives,
+                tools=bool(tools),
+                extra=outcome.extra,
+            )
+
+        head = self._head(asked, "chatcmpl", "chat.completion", await self._model_name(asked_for.model))
+        if asked_for.stream:
+            head["object"] = "chat.completion.chunk"
+            chunks = ChatChunks(bool(asked_for.logprobs), alternatives, bool(tools))
+            return await self._streamed(
+                request, head, [(asked, job)], chunks, choice, asked_for.wants_usage()
+            )
+        outcomes = await until_gone(request, self._exchange.whole(asked, job))
+        return self._answer(
+            head, [choice(place, outcome) for place, outcome in enumerate(outcomes)], outcomes
+        )
+
+    async def completions(self, request: Request) -> Response:
+        """What follows a text, or several."""
+        body = await request.body()
+        caller = self._caller(request)
+        asked_for = read(CompletionRequest, body)
+        given = json.loads(body)
+        alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
+        pairs = []
+        for prompt in asked_for.prompts():
+            text = prompt if isinstance(prompt, str) else await self._services.backend.detokenize(prompt)
+            asked = self._asked(request, caller, asked_for, "completion", text, (), asked_for.max_tokens)
+            job = self._job(asked, prompt, asked_for, asked_for.decoding(), alternatives)
+            pairs.append((asked, job._replace(body=given | {"prompt": prompt, "echo": False})))
+        head = self._head(pairs[0][0], "cmpl", "text_completion", await self._model_name(asked_for.model))
+        samples = asked_for.n or 1
+        echoed: list[Any] = [None] * len(pairs)
+
+        def choice(place: int, outcome: Outcome) -> dict[str, Any]:
+            shown = render.shown_text(outcome.answered, outcome.judgement)
+            replaced = outcome.judgement is not None and outcome.judgement.text is not None
+            asked, scored = pairs[place // samples][0], echoed[place // samples]
+            tells = asked_for.logprobs is not None and not replaced
+            start = len(asked.prompt) if echo else 0
+            return {
+                "index": place,
+                "text": (asked.prompt if echo else "") + shown,
+                "logprobs": render.completion_logprobs(scored, outcome.answered.tokens, alternatives, start)
+                if tells
+                else None,
+                "finish_reason": render.finish_reason(outcome.answered, outcome.judgement),
+                **render.cut(outcome.answered),
+                **render.doubts(outcome.judgement),
+            }
+
+        async def everything() -> list[Outcome]:
+            if echo and asked_for.logprobs is not None:
+                score = self._services.backend.score
+                echoed[:] = await together([score(job) for _, job in pairs])
+            if asked_for.max_tokens == 0:
+                return [self._unwritten(asked, job) for asked, job in pairs for _ in range(samples)]
+            parts = await together([self._exchange.whole(asked, job) for asked, job in pairs])
+            return [outcome for part in parts for outcome in part]
+
+        if asked_for.stream and not echo:
+            chunks = TextChunks(asked_for.logprobs)
+            return await self._streamed(request, head, pairs, chunks, choice, asked_for.wants_usage())
+        outcomes = await until_gone(request, everything())
+        choices = [choice(place, outcome) for place, outcome in enumerate(outcomes)]
+        if asked_for.stream:
+            return events(one_chunk(head, choices))
+        return self._answer(head, choices, outcomes, pairs)
+
+    def _unwritten(self, asked: Asked, job: Job) -> Outcome:
+        answered = Samples(job, self._services.backend.name).answered()[0]._replace(finish="length")
+        return Outcome(answered, None, {}, {})
+
+    async def decisions(self, request: Request) -> Response:
+        """Questions whose answers are known beforehand: how probable each is."""
+        body = await request.body()
+        caller = self._caller(request)
+        asked_for = read(DecisionRequest, body)
+        text = asked_for.text()
+        model = await self._model_name(asked_for.model)
+        answers, gates, prompt_tokens = [], [], 0
+        asked = self._asked(request, caller, asked_for, "decision", text, (), 1)
+        if (
+            self._services.gate is not None
+            and (judgement := await self._services.gate.before(asked)) is not None
+        ):
+            self._exchange.record(asked, None, judgement, 200)
+            answers = [{"type": "refusal", "name": question.name} for question in asked_for.questions]
+            gates = [render.doubts(judgement)] * len(answers)
+        else:
+            for question in asked_for.questions:
+                prompt = prompt_of(text, question)
+                labels = labels_of(question)
+                job = self._job(asked, [{"role": "user", "content": prompt}], asked_for, _GREEDY, 0)
+                told = await until_gone(request, self._services.backend.likelihoods(job, labels))
+                answer, confidence = answer_of(question, told, self._services.calibrate_choice)
+                answers.append(answer)
+                gates.append(render.doubts(Judgement("answer", confidence=confidence)) if confidence else {})
+                self._exchange.record(asked, None, Judgement("answer", confidence=confidence), 200)
+        counted = {
+            "input_tokens": prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 0,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt_tokens,
+        }
+        answers = [answer | gate for answer, gate in zip(answers, gates, strict=True)]
+        calibrated = self._services.calibrate_choice is not None
+        return JSONResponse(
+            {
+                "model": model,
+                "answers": answers,
+                "usage": counted,
+                "calibrated": calibrated,
+                **self._lineage(),
+            }
+        )
+
+    async def moderations(self, request: Request) -> Response:
+        """How unsafe texts are, by the scorers of this server."""
+        body = await request.body()
+        self._caller(request)
+        asked_for = read(ModerationRequest, body)
+        if self._services.moderate is None:
+            raise Failure(404, "this server has no safety scorers: name some in its policy")
+        results = []
+        for text in asked_for.texts():
+            scores = await self._services.moderate(text)
+            flags = {name: score >= 0.5 for name, score in scores.items()}
+            results.append(
+                {"flagged": any(flags.values()), "categories": flags, "category_scores": dict(scores)}
+            )
+        return JSONResponse(
+            {"id": f"modr-{request.scope['gyro_id']}", "model": "gyrocompass", "results": results}
+        )
+
+    async def models(self, request: Request) -> Response:
+        """What can be asked."""
+        self._caller(request)
+        return JSONResponse({"object": "list", "data": await self._services.backend.models()})
+
+    async def model(self, request: Request, name: str) -> Response:
+        """One of them."""
+        self._caller(request)
+        for model in await self._services.backend.models():
+            if model["id"] == name:
+                return JSONResponse(model)
+        raise Failure(
+            404, f"there is no model {name!r}; see /v1/models", param="model", code="model_not_found"
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        """Ids of a text."""
+        body = await request.body()
+        self._caller(request)
+        asked_for = read(TokenizeRequest, body)
+        ids = await self._services.backend.tokenize(asked_for.prompt, asked_for.add_special_tokens)
+        return JSONResponse({"tokens": ids, "count": len(ids)})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of ids."""
+        body = await request.body()
+        self._caller(request)
+        return JSONResponse(
+            {"prompt": await self._services.backend.detokenize(read(DetokenizeRequest, body).tokens)}
+        )
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """Special tokens and chat template."""
+        self._caller(request)
+        return JSONResponse(await self._services.backend.tokenizer_info())
+
+    async def health(self) -> Response:
+        """That the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Whether it can answer now."""
+        why = await self._services.backend.ready()
+        if why is not None:
+            raise Failure(503, why, retry_after_s=1)
+        return JSONResponse({"status": "ready", **self._lineage()})
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        figures = dict(self._services.backend.figures())
+        return Response(self._metrics.text(figures), media_type=self._metrics.content_type)
+
+    def _caller(self, request: Request) -> Caller:
+        if self._services.keys is None:
+            return NOBODY
+        return self._services.keys.check(request.headers.get("authorization"), "infer")
+
+    def _asked(
+        self,
+        request: Request,
+        caller: Caller,
+        body: Any,
+        kind: Literal["chat", "completion", "decision"],
+        prompt: str,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int | None,
+    ) -> Asked:
+        limits = [value for value in (body.deadline_s, self._settings.deadline_s) if value is not None]
+        user = body.user or caller.id
+        hashed = hmac.new(self._secret, user.encode(), hashlib.sha256).hexdigest()[:32] if user else ""
+        return Asked(
+            id=request.scope["gyro_id"],
+            kind=kind,
+            prompt=prompt,
+            messages=messages,
+            model=body.model,
+            user=hashed,
+            tier=caller.tier,
+            slice=body.slice,
+            max_tokens=min(max_tokens or self._settings.max_tokens, self._settings.max_tokens),
+            deadline_s=min(limits, default=None),
+            received_at=time.time(),
+            consent=body.consent,
+        )
+
+    def _job(self, asked: Asked, prompt: Any, body: Any, decoding: Any, alternatives: int) -> Job:
+        return Job(
+            id=asked.id,
+            prompt=prompt,
+            decoding=decoding,
+            logit_bias=body.biases() if hasattr(body, "biases") else {},
+            max_tokens=asked.max_tokens,
+            samples=getattr(body, "n", None) or 1,
+            seed=getattr(body, "seed", None),
+            alternatives=alternatives,
+            deadline_s=asked.deadline_s,
+            received_at=asked.received_at,
+            model=body.model,
+        )
+
+    async def _model_name(self, wanted: str) -> str:
+        """The name in the answer.
+
+        Raises:
+            Failure: 404 for a name that is not served.
+        """
+        names = [model["id"] for model in await self._services.backend.models()]
+        if wanted and wanted not in names:
+            raise Failure(
+                404, f"there is no model {wanted!r}; there is {', '.join(names)}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+        return wanted or names[0]
+
+    def _head(self, asked: Asked, prefix: str, kind: str, model: str) -> dict[str, Any]:
+        return {
+            "id": f"{prefix}-{asked.id}",
+            "object": kind,
+            "created": int(asked.received_at),
+            "model": model,
+            **self._lineage(),
+        }
+
+    def _lineage(self) -> dict[str, Any]:
+        return {"lineage": dict(self._services.lineage)} if self._services.lineage else {}
+
+    def _answer(
+        self,
+        head: Mapping[str, Any],
+        choices: Sequence[Mapping[str, Any]],
+        outcomes: Sequence[Outcome],
+        pairs: Sequence[tuple[Asked, Job]] = (),
+    ) -> Response:
+        for outcome in outcomes:
+            self._metrics.answer(outcome.answered, outcome.judgement)
+        each = len(outcomes) // max(1, len(pairs))
+        prompt_tokens = sum(outcome.answered.prompt_tokens for outcome in outcomes[:: max(1, each)])
+        if not pairs:
+            prompt_tokens = outcomes[0].answered.prompt_tokens if outcomes else 0
+        written = sum(len(outcome.answered.tokens) for outcome in outcomes)
+        reply = dict(outcomes[0].reply) if outcomes else {}
+        return JSONResponse(
+            {**reply, **head, "choices": list(choices), "usage": render.usage(prompt_tokens, written)}
+        )
+
+    async def _streamed(
+        self,
+        request: Request,
+        head: Mapping[str, Any],
+        pairs: Sequence[tuple[Asked, Job]],
+        chunks: Chunks,
+        choice: Callable[[int, Outcome], dict[str, Any]],
+        wants_usage: bool,
+    ) -> Response:
+        """Server-sent events. The first piece is awaited before the head goes out, so that a request which
+        cannot be answered gets its status.
+        """
+        samples = pairs[0][1].samples
+        counted = [0, 0]
+
+        async def live() -> AsyncIterator[dict[str, Any]]:
+            async for place, piece in merged([self._exchange.live(*pair) for pair in pairs]):
+                counted[1] += len(piece.tokens)
+                for one in chunks.of(place * samples + piece.sample, piece):
+                    yield {**head, "choices": [one]}
+                if piece.finish is not None and piece.sample == 0:
+                    counted[0] += piece.prompt_tokens
+
+        async def judged() -> AsyncIterator[dict[str, Any]]:
+            parts = await together([self._exchange.whole(*pair) for pair in pairs])
+            for number, part in enumerate(parts):
+                counted[0] += part[0].answered.prompt_tokens if part else 0
+                for sample, outcome in enumerate(part):
+                    counted[1] += len(outcome.answered.tokens)
+                    self._metrics.answer(outcome.answered, outcome.judgement)
+                    for one in chunks.whole(choice(number * samples + sample, outcome), outcome):
+                        yield {**head, "choices": [one]}
+
+        source = live() if self._exchange.shows_live else judged()
+        try:
+            first = await until_gone(request, anext(source))
+        except StopAsyncIteration:
+            first = None
+
+        async def lines() -> AsyncIterator[dict[str, Any]]:
+            if first is not None:
+                yield first
+                async for chunk in source:
+                    yield chunk
+            if wants_usage:
+                yield {**head, "choices": [], "usage": render.usage(*counted)}
+
+        return events(lines(), source)

@@ -1,0 +1,191 @@
+"""Answers as streams: chunks of server-sent events, made of pieces as they come or of whole answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+
+from gyrocompass.serve import render
+from gyrocompass.serve.backend import Piece
+from gyrocompass.serve.exchange import Outcome
+from gyrocompass.serve.failures import Failure
+
+T = TypeVar("T")
+
+
+class Chunks(Protocol):
+    """How pieces become chunks of a stream."""
+
+    def of(self, place: int, piece: Piece) -> list[dict[str, Any]]:
+        """Choices of the chunks that show one piece, of the choice in this place."""
+
+    def whole(self, choice: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+        """Choices of the chunks that show a whole answer, which the gate has seen."""
+
+
+class ChatChunks:
+    """Deltas of messages: the role first, then text, then why it ended."""
+
+    def __init__(self, logprobs: bool, alternatives: int, tools: bool) -> None:
+        self._logprobs, self._alternatives, self._tools = logprobs, alternatives, tools
+        self._begun: set[int] = set()
+        self._held: dict[int, list[Piece]] = {}
+
+    def of(self, place: int, piece: Piece) -> list[dict[str, Any]]:
+        """Of one piece."""
+        found = self._begin(place)
+        if self._tools:  # a call is only known when it is whole
+            held = self._held.setdefault(place, [])
+            held.append(piece)
+            if piece.finish is None:
+                return found
+            text = "".join(one.text for one in held)
+            content, calls = render.split_calls(text, f"{id(held):x}", place)
+            delta: dict[str, Any] = {"content": content} if content else {}
+            if calls:
+                delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
+            tokens = [token for one in held for token in one.tokens]
+            found.append(self._chunk(place, delta, tokens, None))
+            return [*found, self._chunk(place, {}, [], "tool_calls" if calls else piece.finish)]
+        if piece.text or piece.tokens or piece.extra:
+            delta = {**piece.extra, **({"content": piece.text} if piece.text or piece.tokens else {})}
+            found.append(self._chunk(place, delta, piece.tokens, None))
+        if piece.finish is not None:
+            found.append(self._chunk(place, {}, [], piece.finish))
+        return found
+
+    def whole(self, choice: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+        """Of an answer that the gate has seen."""
+        place, message = choice["index"], choice["message"]
+        delta = {name: value for name, value in message.items() if name != "role" and value is not None}
+        if "tool_calls" in delta:
+            delta["tool_calls"] = [
+                {"index": number, **call} for number, call in enumerate(delta["tool_calls"])
+            ]
+        last = {name: value for name, value in choice.items() if name not in ("message", "logprobs")}
+        text = {"index": place, "delta": delta, "finish_reason": None, "logprobs": choice["logprobs"]}
+        return [*self._begin(place), text, {**last, "delta": {}, "logprobs": None}]
+
+    def _begin(self, place: int) -> list[dict[str, Any]]:
+        if place in self._begun:
+            return []
+        self._begun.add(place)
+        return [self._chunk(place, {"role": "assistant", "content": ""}, [], None)]
+
+    def _chunk(
+        self, place: int, delta: dict[str, Any], tokens: Sequence[Any], finish: str | None
+    ) -> dict[str, Any]:
+        told = render.chat_logprobs(tokens, self._alternatives) if self._logprobs and tokens else None
+        reason, cut = ("length", {"cut": True}) if finish == "cut" else (finish, {})
+        return {"index": place, "delta": delta, "logprobs": told, "finish_reason": reason, **cut}
+
+
+class TextChunks:
+    """Pieces of text."""
+
+    def __init__(self, logprobs: int | None) -> None:
+        self._logprobs = logprobs
+        self._length: dict[int, int] = {}
+
+    def of(self, place: int, piece: Piece) -> list[dict[str, Any]]:
+        """Of one piece."""
+        start = self._length.get(place, 0)
+        self._length[place] = start + sum(len(token.text) for token in piece.tokens)
+        told = None
+        if self._logprobs is not None and piece.tokens:
+            told = render.completion_logprobs(None, piece.tokens, self._logprobs, start)
+        reason, cut = ("length", {"cut": True}) if piece.finish == "cut" else (piece.finish, {})
+        return [{"index": place, "text": piece.text, "logprobs": told, "finish_reason": reason, **cut}]
+
+    def whole(self, choice: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+        """Of an answer that the gate has seen."""
+        return [choice]
+
+
+async def merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of several iterators as they come, each with its iterator's place."""
+    if len(sources) == 1:
+        async for piece in sources[0]:
+            yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue(maxsize=64)
+
+    async def drain(place: int, source: AsyncIterator[Piece]) -> None:
+        async for piece in source:
+            await queue.put((place, piece))
+
+    async def all_of_them() -> None:
+        try:
+            await together([drain(place, source) for place, source in enumerate(sources)])
+        finally:
+            await queue.put(None)
+
+    task = asyncio.ensure_future(all_of_them())
+    try:
+        while (found := await queue.get()) is not None:
+            yield found
+        await task
+    finally:
+        task.cancel()
+
+
+async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All at once; the first failure ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(one) for one in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def until_gone(request: Request, coroutine: Awaitable[T]) -> T:
+    """What a coroutine gives, unless the client leaves first: then it is cancelled.
+
+    Raises:
+        Failure: 499, which nobody reads.
+    """
+    task = asyncio.ensure_future(coroutine)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Failure(499, "the client left")
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def events(chunks: AsyncIterator[dict[str, Any]], source: Any = None) -> Response:
+    """A stream of server-sent events; a failure on the way is its last event."""
+
+    async def lines() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in chunks:
+                yield b"data: " + json.dumps(chunk, allow_nan=False).encode() + b"\n\n"
+        except Failure as failure:
+            yield b"data: " + json.dumps(failure.body()).encode() + b"\n\n"
+        finally:
+            if source is not None:
+                await source.aclose()
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def one_chunk(head: Mapping[str, Any], choices: Sequence[Any]) -> AsyncIterator[dict[str, Any]]:
+    """A stream that is whole already: a chunk for each choice."""
+    for choice in choices:
+        yield {**head, "choices": [choice]}
