@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from gyrocompass.cli.main import main
+from gyrocompass.core.store import Store
+from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.model.open import open_model
+from gyrocompass.recipe.run import read_run
 from tiny_recipe import FinishedRun, write_recipe
 
 
@@ -35,3 +42,16 @@ def gyro(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def model_folder(finished_run: FinishedRun) -> Path:
+    store = Store(finished_run.store)
+    ids = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
+    return store.open(ids["fine_tuned"]).path
+
+
+@pytest.fixture(scope="session")
+def speaking(model_folder: Path) -> tuple[Any, Any]:
+    model = open_model(model_folder, dtype=torch.float32, device=torch.device("cpu"))
+    return model, load_tokenizer(model_folder)

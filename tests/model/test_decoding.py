@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_write import model_folder, speaking
 
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import ConfigError
 from gyrocompass.model.decoding import Decoding, _Penalties
 from gyrocompass.model.generate import generate
-
-__all__ = ["model_folder", "speaking"]
 
 PROMPTS = ["def add_1(", "total", "x = "]
 

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_write import model_folder
 
 from gyrocompass.core.errors import BadInput
-
-__all__ = ["model_folder"]
 
 warnings.filterwarnings("ignore")
 lm_eval = pytest.importorskip("lm_eval")

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
 
-from gyrocompass.core.store import Store
 from gyrocompass.data.encode import prompt_ids
-from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.measure.generate import Writing
 from gyrocompass.model.generate import generate
-from gyrocompass.model.open import open_model
 from gyrocompass.model.score import scorer
 from gyrocompass.model.write import continuation_scorer, score_pairs, writer
-from gyrocompass.recipe.run import read_run
-from tiny_recipe import FinishedRun
-
-
-@pytest.fixture(scope="session")
-def model_folder(finished_run: FinishedRun) -> Path:
-    store = Store(finished_run.store)
-    ids = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
-    return store.open(ids["fine_tuned"]).path
-
-
-@pytest.fixture(scope="session")
-def speaking(model_folder: Path) -> tuple[Any, Any]:
-    model = open_model(model_folder, dtype=torch.float32, device=torch.device("cpu"))
-    return model, load_tokenizer(model_folder)
 
 
 def test_a_continuation_has_the_numbers_of_the_whole_text(speaking: tuple[Any, Any]) -> None:
