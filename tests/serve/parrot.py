@@ -62,8 +62,8 @@ class Parrot:
         first = [letters[0]._replace(logprob=math.nan, alternatives=[])]
         return Scored([*first, *letters[1:]], list(range(len(letters))))
 
-    async def likelihoods(self, job: Job, labels: Sequence[str]) -> list[float]:
-        return [-float(len(labels) - place) for place in range(len(labels))]
+    async def likelihoods(self, job: Job, labels: Sequence[str]) -> tuple[list[float], int]:
+        return [-float(len(labels) - place) for place in range(len(labels))], len(heard(job.prompt))
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(letter) for letter in text]

@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_compare(verbs)
     _add_lm_eval(verbs)
+    _add_serve(verbs)
     _add_verify(verbs)
     _add_data(verbs)
     _add_lineage(verbs)
@@ -215,6 +216,27 @@ def _add_compare(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_lm_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     _add(verbs, "lm-eval", "run lm-evaluation-harness, which then knows `--model gyro`")
+
+
+def _add_serve(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "serve", "answer over HTTP as OpenAI does, with confidence, behind a gate")
+    verb.add_argument("model", nargs="?", help="a model folder, or an artifact id")
+    verb.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
+    verb.add_argument("--port", type=_at_least(1), default=8000)
+    verb.add_argument("--name", help="what clients call the model (default: its id, or its folder's name)")
+    verb.add_argument("--precision", choices=("float32", "bfloat16"), help="of weights (default: as saved)")
+    verb.add_argument("--upstream", metavar="URL", help="put the gate before this server instead")
+    verb.add_argument("--upstream-model", metavar="NAME", help="the model's name there")
+    verb.add_argument("--upstream-key-env", metavar="VARIABLE", help="the variable that holds its key")
+    verb.add_argument("--stronger", metavar="URL", help="a server for what the gate escalates")
+    verb.add_argument("--stronger-model", metavar="NAME", help="the model's name there")
+    verb.add_argument("--stronger-key-env", metavar="VARIABLE", help="the variable that holds its key")
+    verb.add_argument("--max-tokens", type=_at_least(1), default=4096, help="of one answer, at most")
+    verb.add_argument("--max-body-bytes", type=_at_least(1024), default=4 * 2**20, help="of one request")
+    verb.add_argument("--deadline-s", type=_number(0.0, above=True), help="of one request, seconds")
+    verb.add_argument("--most-rows", type=_at_least(1), default=32, help="answers written at once")
+    verb.add_argument("--most-waiting", type=_at_least(1), default=256, help="requests that may wait")
+    _store_options(verb)
 
 
 def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:

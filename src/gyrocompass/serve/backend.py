@@ -88,8 +88,8 @@ class Backend(Protocol):
             Failure: as for `write`.
         """
 
-    async def likelihoods(self, job: Job, labels: Sequence[str]) -> list[float]:
-        """log p of each label as what follows the prompt, nats.
+    async def likelihoods(self, job: Job, labels: Sequence[str]) -> tuple[list[float], int]:
+        """log p of each label as what follows the prompt, nats; and the prompt's tokens.
 
         Raises:
             Failure: as for `write`; or this backend cannot tell (404).

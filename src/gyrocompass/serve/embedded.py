@@ -97,14 +97,14 @@ class Embedded:
         tokens = [first, *(self._token(one) for one in told[0])]
         return Scored(tokens, list(accumulate((len(token.text) for token in tokens[:-1]), initial=0)))
 
-    async def likelihoods(self, job: Job, labels: Sequence[str]) -> list[float]:
+    async def likelihoods(self, job: Job, labels: Sequence[str]) -> tuple[list[float], int]:
         """log p of each label after the prompt, all its tokens counted."""
         ids = self._checked_ids(job)
         # In a chat the answer begins the message; else a blank parts it from what stands before.
         blank = "" if self._tokenizer.chat_template is not None else " "
         parts = [await self.tokenize(blank + label, False) for label in labels]
         told = await self._scores([ScoreRequest([*ids, *part], len(ids)) for part in parts])
-        return [sum(one.logprob for one in part) for part in told]
+        return [sum(one.logprob for one in part) for part in told], len(ids)
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """As a prompt is."""

@@ -281,12 +281,13 @@ class Routes:
                 prompt = prompt_of(text, question)
                 labels = labels_of(question)
                 job = self._job(asked, [{"role": "user", "content": prompt}], asked_for, _GREEDY, 0)
-                told = await until_gone(request, self._services.backend.likelihoods(job, labels))
+                told, counted = await until_gone(request, self._services.backend.likelihoods(job, labels))
+                prompt_tokens += counted
                 answer, confidence = answer_of(question, told, self._services.calibrate_choice)
                 answers.append(answer)
                 gates.append(render.doubts(Judgement("answer", confidence=confidence)) if confidence else {})
                 self._exchange.record(asked, None, Judgement("answer", confidence=confidence), 200)
-        counted = {
+        usage = {
             "input_tokens": prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": 0,
@@ -299,7 +300,7 @@ class Routes:
             {
                 "model": model,
                 "answers": answers,
-                "usage": counted,
+                "usage": usage,
                 "calibrated": calibrated,
                 **self._lineage(),
             }

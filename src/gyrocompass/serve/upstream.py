@@ -110,7 +110,7 @@ class Upstream:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise Failure(502, f"the upstream's echo has no log-probabilities: {error!r}") from error
 
-    async def likelihoods(self, job: Job, labels: Sequence[str]) -> list[float]:
+    async def likelihoods(self, job: Job, labels: Sequence[str]) -> tuple[list[float], int]:
         """From the twenty likeliest first tokens of its answer."""
         if len(labels) > 20:
             raise Failure(404, "an upstream tells the 20 likeliest tokens: ask with at most 20 choices")
@@ -132,7 +132,8 @@ class Upstream:
         # What is not among the twenty is at most as likely as the last of them.
         least = min((value for _, value in found), default=-math.inf)
         mass = {label: sum(math.exp(value) for text, value in found if text == label) for label in labels}
-        return [math.log(mass[label]) if mass[label] > 0 else least for label in labels]
+        counted = int((answer.get("usage") or {}).get("prompt_tokens") or 0)
+        return [math.log(mass[label]) if mass[label] > 0 else least for label in labels], counted
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """By its own tokenizer."""
