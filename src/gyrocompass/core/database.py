@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 from gyrocompass.core.tables import Table
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest revision in `migrations/versions/`."""
 
 _WAIT_S = 300

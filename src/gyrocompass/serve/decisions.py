@@ -102,8 +102,8 @@ def answer_of(
 def _with(shares: Sequence[float], place: int, probability: float) -> list[float]:
     """One of them set, the others in their proportions.
 
-    >>> _with([0.5, 0.25, 0.25], 0, 0.8)
-    [0.8, 0.1, 0.1]
+    >>> _with([0.5, 0.25, 0.25], 0, 0.75)
+    [0.75, 0.125, 0.125]
     """
     rest = 1 - shares[place]
     scale = (1 - probability) / rest if rest > 0 else 0.0
