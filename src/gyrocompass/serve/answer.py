@@ -123,6 +123,11 @@ class EventSink(Protocol):
     """Where a request ends up: `record` never blocks the answer for longer than putting it in a queue."""
 
     def record(
-        self, asked: Asked, answered: Answered | None, judgement: Judgement | None, status: int
+        self,
+        asked: Asked,
+        answered: Answered | None,
+        judgement: Judgement | None,
+        status: int,
+        sample: int = 0,
     ) -> None:
-        """Of a request that ended with this HTTP status."""
+        """Of a request that ended with this HTTP status; one call for each of its samples."""

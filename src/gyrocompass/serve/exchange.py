@@ -69,8 +69,8 @@ class Exchange:
         except asyncio.CancelledError:
             self.record(asked, None, None, 499)
             raise
-        for outcome in found:
-            self.record(asked, outcome.answered, outcome.judgement, 200)
+        for sample, outcome in enumerate(found):
+            self.record(asked, outcome.answered, outcome.judgement, 200, sample)
         return found
 
     async def _whole(self, asked: Asked, job: Job) -> list[Outcome]:
@@ -119,15 +119,20 @@ class Exchange:
             status = failure.status
             raise
         finally:
-            for answered in samples.answered():
-                self.record(asked, answered, None, status)
+            for sample, answered in enumerate(samples.answered()):
+                self.record(asked, answered, None, status, sample)
 
     def record(
-        self, asked: Asked, answered: Answered | None, judgement: Judgement | None, status: int
+        self,
+        asked: Asked,
+        answered: Answered | None,
+        judgement: Judgement | None,
+        status: int,
+        sample: int = 0,
     ) -> None:
         """Log how a request ended."""
         if self._events is not None:
-            self._events.record(asked, answered, judgement, status)
+            self._events.record(asked, answered, judgement, status, sample)
 
 
 async def _gathered(backend: Backend, job: Job) -> Samples:

@@ -8,7 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -22,6 +22,7 @@ from gyrocompass.serve.backend import Backend, Job, Samples
 from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
 from gyrocompass.serve.exchange import Exchange, Outcome
 from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.keys import Caller, Keys
 from gyrocompass.serve.metrics import Metrics
 from gyrocompass.serve.streams import (
     ChatChunks,
@@ -73,25 +74,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class Caller(NamedTuple):
-    """Who asks, by the API key."""
-
-    id: str
-    tier: str
-
-
-NOBODY = Caller("", "")
-
-
-class KeyCheck(Protocol):
-    """Knows API keys."""
-
-    def check(self, authorization: str | None, scope: str) -> Caller:
-        """The caller of a request with this header.
-
-        Raises:
-            Failure: 401 without a key that is one, 403 for a key without the scope, 429 beyond its rate.
-        """
+NOBODY = Caller("", "", "", ())
 
 
 class ServeSettings(Config):
@@ -113,7 +96,7 @@ class Services(NamedTuple):
     stronger: Backend | None = None
     gate: Gatekeeper | None = None
     events: EventSink | None = None
-    keys: KeyCheck | None = None
+    keys: Keys | None = None
     """None: everybody may ask."""
     moderate: Callable[[str], Awaitable[Mapping[str, float]]] | None = None
     """Safety scores of a text, by name, 0 to 1."""
@@ -211,10 +194,11 @@ class Routes:
         asked_for = read(CompletionRequest, body)
         given = json.loads(body)
         alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
-        pairs = []
+        pairs: list[tuple[Asked, Job]] = []
         for prompt in asked_for.prompts():
             text = prompt if isinstance(prompt, str) else await self._services.backend.detokenize(prompt)
             asked = self._asked(request, caller, asked_for, "completion", text, (), asked_for.max_tokens)
+            asked = asked._replace(id=f"{asked.id}.{len(pairs)}" if pairs else asked.id)
             job = self._job(asked, prompt, asked_for, asked_for.decoding(), alternatives)
             pairs.append((asked, job._replace(body=given | {"prompt": prompt, "echo": False})))
         head = self._head(pairs[0][0], "cmpl", "text_completion", await self._model_name(asked_for.model))
@@ -277,7 +261,7 @@ class Routes:
             answers = [{"type": "refusal", "name": question.name} for question in asked_for.questions]
             gates = [render.doubts(judgement)] * len(answers)
         else:
-            for question in asked_for.questions:
+            for number, question in enumerate(asked_for.questions):
                 prompt = prompt_of(text, question)
                 labels = labels_of(question)
                 job = self._job(asked, [{"role": "user", "content": prompt}], asked_for, _GREEDY, 0)
@@ -286,7 +270,7 @@ class Routes:
                 answer, confidence = answer_of(question, told, self._services.calibrate_choice)
                 answers.append(answer)
                 gates.append(render.doubts(Judgement("answer", confidence=confidence)) if confidence else {})
-                self._exchange.record(asked, None, Judgement("answer", confidence=confidence), 200)
+                self._exchange.record(asked, None, Judgement("answer", confidence=confidence), 200, number)
         usage = {
             "input_tokens": prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -399,7 +383,7 @@ class Routes:
             kind=kind,
             prompt=prompt,
             messages=messages,
-            model=body.model,
+            model=self._services.lineage.get("model") or body.model,
             user=hashed,
             tier=caller.tier,
             slice=body.slice,

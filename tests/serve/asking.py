@@ -1,0 +1,35 @@
+"""Questions and answers for tests of what stands behind the routes."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from gyrocompass.serve.answer import Answered, Asked, Token
+
+
+def asked(prompt: str = "What is two and two?", **changes: Any) -> Asked:
+    one = Asked(
+        id=uuid.uuid4().hex,
+        kind="chat",
+        prompt=f"user: {prompt}",
+        messages=[{"role": "user", "content": prompt}],
+        model="model-1",
+        user="u",
+        tier="",
+        slice="sums",
+        max_tokens=10,
+        deadline_s=None,
+        received_at=time.time(),
+        consent=True,
+    )
+    return one._replace(**changes)
+
+
+def answered(
+    text: str = "four", logprob: float = -0.1, entropy: float | None = 0.2, **changes: Any
+) -> Answered:
+    tokens = [Token(word, 1, logprob, entropy, [(word, logprob), ("no", -3.0)]) for word in text.split()]
+    one = Answered(text, tokens, "stop", 7, 0.0, 0.01, 0.02, "embedded")
+    return one._replace(**changes)
