@@ -20,7 +20,7 @@ def test_kappa_is_cohen_s(pairs: list[tuple[str, str]]) -> None:
         return
     assert found.value == pytest.approx(cohen_kappa_score(first, second))
     assert found.low is not None and found.high is not None
-    assert found.low <= found.value <= found.high
+    assert found.low - 1e-12 <= found.value <= found.high + 1e-12
 
 
 def test_the_interval_of_kappa_covers() -> None:
