@@ -103,6 +103,9 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(verbs)
     _add_lm_eval(verbs)
     _add_serve(verbs)
+    _add_policy(verbs)
+    _add_keys(verbs)
+    _add_feedback(verbs)
     _add_verify(verbs)
     _add_data(verbs)
     _add_lineage(verbs)
@@ -231,12 +234,61 @@ def _add_serve(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--stronger", metavar="URL", help="a server for what the gate escalates")
     verb.add_argument("--stronger-model", metavar="NAME", help="the model's name there")
     verb.add_argument("--stronger-key-env", metavar="VARIABLE", help="the variable that holds its key")
+    verb.add_argument("--policy", type=_path, help="a YAML file: what becomes of questions and answers")
+    verb.add_argument(
+        "--keep-texts", choices=("none", "masked", "full"), default="none", help="of events (default: none)"
+    )
+    verb.add_argument("--keep-days", type=_number(0.0, above=True), default=30.0, help="of events (30)")
     verb.add_argument("--max-tokens", type=_at_least(1), default=4096, help="of one answer, at most")
     verb.add_argument("--max-body-bytes", type=_at_least(1024), default=4 * 2**20, help="of one request")
     verb.add_argument("--deadline-s", type=_number(0.0, above=True), help="of one request, seconds")
     verb.add_argument("--most-rows", type=_at_least(1), default=32, help="answers written at once")
     verb.add_argument("--most-waiting", type=_at_least(1), default=256, help="requests that may wait")
     _store_options(verb)
+
+
+def _add_policy(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "policy", "check a gate's policy, keep it, or try it on what was asked before")
+    actions = verb.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    check = _add(actions, "check", "say whether a policy file is one, and what it does")
+    save = _add(actions, "save", "keep a policy in the store, as an artifact")
+    dry_run = _add(actions, "dry-run", "say what a policy would have done to logged traffic")
+    dry_run.add_argument("--days", type=_number(0.0, above=True), default=7.0, help="looked back (default 7)")
+    dry_run.add_argument("--events", type=_path, help="JSON lines of events, instead of the store's")
+    dry_run.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for one in (check, save, dry_run):
+        one.add_argument("file", type=_path, help="a YAML file")
+        _store_options(one)
+
+
+def _add_keys(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "keys", "make, list and revoke the keys of a server")
+    actions = verb.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    create = _add(actions, "create", "make a key and show it, this once")
+    create.add_argument("name", help="of who gets it")
+    create.add_argument(
+        "--scopes", nargs="+", choices=("infer", "review", "admin"), default=["infer"],
+        help="ask, decide on answers, everything (default: infer)",
+    )  # fmt: skip
+    create.add_argument("--tier", default="", help="what policies call its holder")
+    create.add_argument("--requests-per-minute", type=_number(0.0, above=True), help="at most")
+    list_ = _add(actions, "list", "show all keys, without their secrets")
+    list_.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    revoke = _add(actions, "revoke", "make a key useless")
+    revoke.add_argument("id", help="its 12 characters in the list")
+    for one in (create, list_, revoke):
+        _store_options(one)
+
+
+def _add_feedback(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "feedback", "make training data of what people decided")
+    actions = verb.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    export = _add(actions, "export", "write what was decided as an artifact of JSON lines")
+    export.add_argument("--days", type=_number(0.0, above=True), help="only of the last so many")
+    export.add_argument("--all-texts", action="store_true", help="also of users who did not agree")
+    export.add_argument("--out", type=_path, help="copy the files here too")
+    export.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _store_options(export)
 
 
 def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:

@@ -13,6 +13,7 @@ from gyrocompass.cli.model import model_folder
 from gyrocompass.core.artifact import MANIFEST, read_artifact
 from gyrocompass.core.config import config_hash, parse
 from gyrocompass.core.errors import BadInput, MissingDependency
+from gyrocompass.core.store import Store
 
 if TYPE_CHECKING:
     from gyrocompass.serve.backend import Backend
@@ -24,18 +25,25 @@ def serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from gyrocompass.serve.app import make_app
-        from gyrocompass.serve.routes import ServeSettings, Services
+        from gyrocompass.serve.assembly import assemble
+        from gyrocompass.serve.events import EventSettings
+        from gyrocompass.serve.policy import load_policy
+        from gyrocompass.serve.routes import ServeSettings
+        from gyrocompass.serve.sessions import secret_of
         from gyrocompass.serve.upstream import Upstream
     except ImportError as error:
         raise MissingDependency(error.name or "fastapi", extra="serve", needed_for="gyro serve") from error
     if (options.model is None) == (options.upstream is None):
         raise BadInput("give a model, or --upstream URL", fix="gyro serve --help")
+    policy = None if options.policy is None else load_policy(options.policy)
+    store = Store(options.store, options.store_url)
     settings = parse(
         ServeSettings,
         {
             "max_body_bytes": options.max_body_bytes,
             "max_tokens": options.max_tokens,
             "deadline_s": options.deadline_s,
+            "user_secret": secret_of(store.root).hex(),
         },
         "gyro serve",
     )
@@ -55,7 +63,18 @@ def serve(options: argparse.Namespace) -> int:
             options.stronger, model=options.stronger_model or "", api_key_env=options.stronger_key_env
         )
     )
-    app = make_app(Services(backend, stronger=stronger, lineage=lineage), settings)
+    services = assemble(
+        store,
+        backend,
+        stronger=stronger,
+        policy=policy,
+        events=parse(EventSettings, {"texts": options.keep_texts, "days": options.keep_days}, "gyro serve"),
+        lineage=lineage,
+        open_to_all=options.host in ("127.0.0.1", "::1", "localhost"),
+    )
+    app = make_app(services, settings)
+    if services.keys is None:
+        console.print("no keys: whoever can reach this machine's own address may do everything", style="dim")
     console.print(
         f"serving {lineage.get('model') or backend.name} at http://{options.host}:{options.port}/v1"
     )

@@ -42,6 +42,8 @@ class Asked(NamedTuple):
     """Seconds since 1970, UTC."""
     consent: bool = False
     """Whether the user agreed that the exchange may become training data."""
+    webhook: str | None = None
+    """Called when a person has decided on the answer."""
 
 
 class Token(NamedTuple):

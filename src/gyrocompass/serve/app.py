@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,7 +29,10 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.ensure_future(run()) for run in services.background]
         yield
+        for task in tasks:
+            task.cancel()
         await services.backend.close()
         if services.stronger is not None:
             await services.stronger.close()

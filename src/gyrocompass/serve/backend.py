@@ -9,6 +9,8 @@ whole answers and streams are the same thing, seen at different times.
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -39,6 +41,11 @@ class Job(NamedTuple):
     model: str = ""
     body: Mapping[str, Any] = {}
     """The request as it came, for a backend that hands it on."""
+
+    @classmethod
+    def plain(cls, messages: Sequence[Mapping[str, Any]]) -> Job:
+        """A question of our own."""
+        return cls(uuid.uuid4().hex, messages, Decoding(), {}, None, 1, None, 0, None, time.time())
 
 
 class Piece(NamedTuple):

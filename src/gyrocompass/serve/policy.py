@@ -2,6 +2,7 @@
 
     name: careful
     calibrator: calibration-0123456789abcdef        # an artifact of gyro calibrate; or left out
+    promise: {risk: 0.02, confidence: 0.95}         # at most 2% wrong; the calibration has to promise it
     scorers:
       - {kind: patterns, name: weapons, deny: ["\\bbomb\\b"]}
       - {kind: moderation, name: harm, url: "http://127.0.0.1:9000/v1/moderations", on_failure: block}
@@ -199,6 +200,15 @@ class Mask(Config):
     least_score: float = Field(default=0.5, ge=0, le=1)
 
 
+class Promise(Config):
+    """What is promised of the answers that are given without a person."""
+
+    risk: float = Field(gt=0, lt=1)
+    """At most this share of them is wrong ..."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """... with this confidence, in each slice."""
+
+
 class Policy(Config):
     """All of it."""
 
@@ -207,6 +217,8 @@ class Policy(Config):
     """An artifact of `gyro calibrate`: its id, or its folder."""
     signal: str | None = None
     """Which confidence; None: the one with the least log loss."""
+    promise: Promise | None = None
+    """Checked against what the calibration promises; kept by a rule on `guaranteed: false`."""
     scorers: tuple[Scorer, ...] = ()
     mask: Mask = Mask()
     rules: tuple[Rule, ...] = ()
@@ -219,6 +231,10 @@ class Policy(Config):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two scorers are called {twice}")
+        if self.promise is not None and not any(rule.when.guaranteed is False for rule in self.rules):
+            raise ValueError(
+                "a promise needs a rule that keeps it: {when: {guaranteed: false}, then: review}"
+            )
         for place, rule in enumerate(self.rules):
             if rule.when.flag is not None:
                 self._check_flag(place, rule.when.flag)

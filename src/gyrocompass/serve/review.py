@@ -97,7 +97,6 @@ class Reviews:
         *,
         urgent: bool = True,
         candidates: Sequence[str] = (),
-        webhook: str | None = None,
     ) -> str:
         """Store an item; its id. It is on disk when this returns.
 
@@ -109,9 +108,8 @@ class Reviews:
             inclusion: the probability with which it came here.
             urgent: whether somebody waits for it.
             candidates: other answers, to choose between.
-            webhook: called when it is decided.
         """
-        row = _row(asked, answered, reasons, confidence, inclusion, urgent, candidates, webhook)
+        row = _row(asked, answered, reasons, confidence, inclusion, urgent, candidates)
         row |= {"id": uuid.uuid4().hex, "at": self._now()}
         row["needs"] = 2 if _share_of(row["id"]) < self.settings.double_share else 1
 
@@ -273,7 +271,6 @@ def _row(
     inclusion: float,
     urgent: bool,
     candidates: Sequence[str],
-    webhook: str | None,
 ) -> dict[str, Any]:
     return {
         "request_id": asked.id,
@@ -302,7 +299,7 @@ def _row(
         "consent": asked.consent,
         "claimed_by": None,
         "lease_until": None,
-        "webhook": webhook,
+        "webhook": asked.webhook if urgent else None,
         "webhook_due": None,
         "webhook_tries": 0,
     }

@@ -7,7 +7,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Request
@@ -106,6 +106,8 @@ class Services(NamedTuple):
     routers: Sequence[APIRouter] = ()
     """More routes: review, pages."""
     on_close: Sequence[Callable[[], Awaitable[None]]] = ()
+    background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
+    """What runs as long as the server does."""
 
 
 class Routes:
@@ -391,6 +393,7 @@ class Routes:
             deadline_s=min(limits, default=None),
             received_at=time.time(),
             consent=body.consent,
+            webhook=body.webhook,
         )
 
     def _job(self, asked: Asked, prompt: Any, body: Any, decoding: Any, alternatives: int) -> Job:

@@ -29,6 +29,7 @@ from gyrocompass.serve.failures import Failure
 _FINISH: dict[str, Literal["stop", "length"]] = {"length": "length"}
 _MESSAGE = {"role", "content", "refusal"}
 _REPLY = {"id", "object", "created", "model", "choices", "usage"}
+_OURS = ("slice", "deadline_s", "consent", "webhook")
 _SHOWN_CHARACTERS = 500
 
 
@@ -174,9 +175,7 @@ class Upstream:
             self._session = None
 
     async def _body(self, job: Job, chat: bool) -> dict[str, Any]:
-        body = {
-            name: value for name, value in job.body.items() if name not in ("slice", "deadline_s", "consent")
-        }
+        body = {name: value for name, value in job.body.items() if name not in _OURS}
         body.setdefault("messages" if chat else "prompt", job.prompt)
         if not chat:
             body["prompt"] = job.prompt

@@ -2,8 +2,8 @@
 
 Fields that OpenAI has and that change nothing here (`store`, `metadata`, `service_tier`, ...) are taken and
 let be; a field that would change the answer and is not supported is refused, never ignored. Three are ours,
-in any request: `slice` (what sort of question it is; policies and figures go by it), `deadline_s` and
-`consent` (whether the exchange may become training data).
+in any request: `slice` (what sort of question it is; policies and figures go by it), `deadline_s`,
+`consent` (whether the exchange may become training data) and `webhook` (called when a person has decided).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 from gyrocompass.core.errors import GyroError
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.webhooks import may_be_called
 
 MOST_ALTERNATIVES = 20
 MOST_PROMPTS = 2048
@@ -39,6 +40,13 @@ class _Request(BaseModel):
     slice: str = Field(default="", max_length=200)
     deadline_s: float | None = Field(default=None, gt=0, le=86400)
     consent: bool = False
+    webhook: str | None = Field(default=None, max_length=2000)
+
+    @model_validator(mode="after")
+    def _webhook_is_a_url(self) -> _Request:
+        if self.webhook is not None and not may_be_called(self.webhook):
+            raise ValueError("webhook is an https URL, or one of this machine")
+        return self
 
 
 class _Sampled(_Request):

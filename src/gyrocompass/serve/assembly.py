@@ -1,0 +1,151 @@
+"""What a server is put together from: a store, a policy, keys, a queue, a log.
+
+assemble(store, backend, ...) --> Services, ready for `make_app`
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gyrocompass.core.errors import BadInput
+from gyrocompass.core.store import Store
+from gyrocompass.serve.backend import Backend, Job
+from gyrocompass.serve.confidence import Calibrated, open_calibrated
+from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
+from gyrocompass.serve.events import EventLog, EventSettings
+from gyrocompass.serve.gate import Gate, masked_text
+from gyrocompass.serve.keys import Keys, list_keys
+from gyrocompass.serve.policy import Mask, Policy
+from gyrocompass.serve.review import Reviews, ReviewSettings
+from gyrocompass.serve.review_routes import review_router
+from gyrocompass.serve.routes import Services
+from gyrocompass.serve.scorers import lookers_of
+from gyrocompass.serve.sessions import secret_of
+from gyrocompass.serve.webhooks import Webhooks
+from gyrocompass.serve.wire import Predicate
+
+
+def assemble(
+    store: Store,
+    backend: Backend,
+    *,
+    stronger: Backend | None = None,
+    policy: Policy | None = None,
+    events: EventSettings | None = None,
+    reviews: ReviewSettings | None = None,
+    lineage: Mapping[str, str | None] | None = None,
+    open_to_all: bool = True,
+) -> Services:
+    """Everything behind the routes.
+
+    Args:
+        store: with the database, and the artifacts that a policy names.
+        backend: writes answers.
+        stronger: writes those that the gate escalates.
+        policy: of the gate; None: every answer is shown.
+        events: what the log keeps.
+        reviews: how people decide.
+        lineage: ids of what answers.
+        open_to_all: whether requests need no key as long as there is none; for a server that this machine
+            alone can reach.
+
+    Raises:
+        BadInput: the policy names what there is not, or promises what its calibration does not; or keys are
+            needed and there are none.
+    """
+    database = store.database
+    keys = Keys(database) if list_keys(database) or not open_to_all else None
+    if not open_to_all and not list_keys(database):
+        raise BadInput(
+            "a server that other machines can reach needs keys, and there are none",
+            fix="make one: gyro keys create NAME --scopes infer",
+        )
+    queue = Reviews(database, reviews)
+    gate, choice = None, None
+    if policy is not None:
+        gate = Gate(policy, _lookers(policy, store, backend), calibrated_for(policy, store), queue)
+        choice = _choice_calibrator(policy, store)
+    log = EventLog(database, events or EventSettings(), partial(masked_text, settings=_EVERYTHING))
+    hooks = Webhooks(database, queue.status, secret_of(store.root))
+    return Services(
+        backend,
+        stronger,
+        gate,
+        log,
+        keys,
+        None if gate is None or not policy or not policy.scorers else gate.moderate,
+        choice,
+        lineage or {},
+        (review_router(queue, keys),),
+        (partial(asyncio.to_thread, log.close),),
+        (hooks.run,),
+    )
+
+
+_EVERYTHING = Mask(personal=True, secrets=True)
+
+
+def calibrated_for(policy: Policy, store: Store) -> Calibrated | None:
+    """The calibrator that a policy names, checked against what it promises.
+
+    Raises:
+        BadInput: there is none, or it promises less.
+    """
+    if policy.calibrator is None:
+        return None
+    found = open_calibrated(_folder(policy.calibrator, store), "answer", policy.signal)
+    if policy.promise is None:
+        return found
+    made = found.guarantee
+    wanted = f"at most {policy.promise.risk:.3g} wrong with {policy.promise.confidence:.3g} confidence"
+    if made is None or made.risk > policy.promise.risk or made.confidence < policy.promise.confidence:
+        has = "nothing" if made is None else f"{made.risk:.3g} with {made.confidence:.3g} confidence"
+        raise BadInput(
+            f"the policy promises {wanted}; its calibration promises {has}",
+            where=policy.calibrator,
+            fix=f"gyro calibrate MODEL ... --set stages.calibration.risk={policy.promise.risk:g}",
+        )
+    return found
+
+
+def _choice_calibrator(policy: Policy, store: Store) -> Calibrate | None:
+    """For decisions, where the calibration has one."""
+    if policy.calibrator is None:
+        return None
+    try:
+        found = open_calibrated(_folder(policy.calibrator, store), "choice")
+    except BadInput:
+        return None
+    return lambda probability: found.of_raw(probability, "", 1)
+
+
+def _folder(name: str, store: Store) -> Path:
+    path = Path(name)
+    return path if path.is_dir() else store.open(name).path
+
+
+def _lookers(policy: Policy, store: Store, backend: Backend) -> Any:
+    return lookers_of(policy, own=_own(backend), classifier=partial(_classifier, store))
+
+
+def _own(backend: Backend) -> Callable[[str, str], Awaitable[float]]:
+    """P(statement) of a text, as /v1/decisions has it."""
+
+    async def ask(text: str, statement: str) -> float:
+        question = Predicate(type="predicate", instructions=statement)
+        job = Job.plain([{"role": "user", "content": prompt_of(text, question)}])
+        told, _ = await backend.likelihoods(job, labels_of(question))
+        return float(answer_of(question, told, None)[0]["probability"])
+
+    return ask
+
+
+def _classifier(store: Store, name: str) -> Callable[[str], float]:
+    """Sigmoid of what a model with a scalar head says of a text."""
+    from gyrocompass.serve.classifier import open_classifier
+
+    return open_classifier(_folder(name, store))
