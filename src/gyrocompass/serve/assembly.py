@@ -9,22 +9,27 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
+from gyrocompass.model.decoding import Decoding
+from gyrocompass.serve.answer import Answered, Asked, Judgement
 from gyrocompass.serve.backend import Backend, Job
 from gyrocompass.serve.confidence import Calibrated, open_calibrated
 from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
 from gyrocompass.serve.events import EventLog, EventSettings
+from gyrocompass.serve.exchange import Exchange
+from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.gate import Gate, masked_text
 from gyrocompass.serve.keys import Keys, list_keys
+from gyrocompass.serve.pages.routes import Ask, pages_router
 from gyrocompass.serve.policy import Mask, Policy
 from gyrocompass.serve.review import Reviews, ReviewSettings
 from gyrocompass.serve.review_routes import review_router
 from gyrocompass.serve.routes import Services
 from gyrocompass.serve.scorers import lookers_of
-from gyrocompass.serve.sessions import secret_of
+from gyrocompass.serve.sessions import Sessions, secret_of
 from gyrocompass.serve.webhooks import Webhooks
 from gyrocompass.serve.wire import Predicate
 
@@ -70,7 +75,10 @@ def assemble(
         gate = Gate(policy, _lookers(policy, store, backend), calibrated_for(policy, store), queue)
         choice = _choice_calibrator(policy, store)
     log = EventLog(database, events or EventSettings(), partial(masked_text, settings=_EVERYTHING))
-    hooks = Webhooks(database, queue.status, secret_of(store.root))
+    secret = secret_of(store.root)
+    hooks = Webhooks(database, queue.status, secret)
+    ask = _asker(Exchange(backend, stronger=stronger, gate=gate, events=log))
+    pages = pages_router(store, queue, Sessions(secret), keys, ask)
     return Services(
         backend,
         stronger,
@@ -80,10 +88,36 @@ def assemble(
         None if gate is None or not policy or not policy.scorers else gate.moderate,
         choice,
         lineage or {},
-        (review_router(queue, keys),),
+        (review_router(queue, keys), pages),
         (partial(asyncio.to_thread, log.close),),
         (hooks.run,),
     )
+
+
+def _asker(exchange: Exchange) -> Ask:
+    """Asks for the playground, as a client would."""
+
+    async def ask(prompt: str, limit: int, warmth: float) -> tuple[Answered, Judgement | None]:
+        if not prompt.strip():
+            raise Failure(400, "there is nothing to answer")
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            chats = (await exchange.backend.tokenizer_info()).get("chat_template") is not None
+        except Failure:  # a server that does not say; most chat
+            chats = True
+        job = Job.plain(messages)._replace(
+            prompt=messages if chats else prompt,
+            decoding=Decoding(temperature=warmth),
+            max_tokens=limit,
+            alternatives=5,
+        )
+        kind: Literal["chat", "completion"] = "chat" if chats else "completion"
+        said = messages if chats else ()
+        asked = Asked(job.id, kind, prompt, said, "", "", "", "playground", limit, None, job.received_at)
+        (outcome,) = await exchange.whole(asked, job)
+        return outcome.answered, outcome.judgement
+
+    return ask
 
 
 _EVERYTHING = Mask(personal=True, secrets=True)

@@ -1,0 +1,180 @@
+"""What the pages show, gathered from the store: numbers first, and how each was counted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sqlalchemy import select
+
+from gyrocompass.core.store import Store
+from gyrocompass.core.tables_serving import EventRow, ReviewRow, VerdictRow
+from gyrocompass.measure.drift import Watched, watch
+from gyrocompass.measure.intervals import Estimate
+from gyrocompass.serve.agreement import Looked, error_rate, kappa
+from gyrocompass.serve.events import read_events
+from gyrocompass.serve.feedback import is_right
+from gyrocompass.serve.review import final
+
+MOST_EVENTS = 20_000
+"""That an overview looks at: the last of its span."""
+
+
+class Overview(NamedTuple):
+    """How the server does."""
+
+    days: float
+    events: int
+    refused: int
+    """Requests that got an error."""
+    latency_s: Mapping[str, float]
+    """p50, p95, p99 of answers."""
+    first_token_s: Mapping[str, float]
+    outcomes: Mapping[str, int]
+    confidence: Sequence[int]
+    """Answers by tenth of confidence."""
+    by_hour: Sequence[tuple[float, float]]
+    """Hours ago, and requests in that hour."""
+    error: Estimate
+    """Share of wrong ones among answers given without a person, from those drawn for a look."""
+    looked: int
+    agreement: Estimate
+    """Kappa of those who looked at the same items."""
+    pairs: int
+    drift: Sequence[Watched]
+
+
+def overview(store: Store, days: float = 7.0) -> Overview:
+    """The last days."""
+    now = time.time()
+    events = list(read_events(store.database, now - days * 86400))[-MOST_EVENTS:]
+    given = [event for event in events if event["status"] == 200]
+    times = [event["total_s"] for event in given]
+    first = [event["first_token_s"] for event in given]
+    confidences = [event["confidence"] for event in given if event["confidence"] is not None]
+    tenths = np.histogram(confidences, bins=10, range=(0, 1))[0].tolist()
+    hours = Counter(int((now - event["at"]) // 3600) for event in events)
+    looked, pairs = _looked_at(store, now - days * 86400)
+    return Overview(
+        days,
+        len(events),
+        len(events) - len(given),
+        _quantiles(times),
+        _quantiles(first),
+        dict(Counter(event["outcome"] or "answer" for event in given).most_common()),
+        tenths,
+        [(0.0 - hour, float(hours[hour])) for hour in range(min(24 * 7, int(days * 24)) - 1, -1, -1)],
+        error_rate(looked),
+        len(looked),
+        kappa(pairs),
+        len(pairs),
+        watch(given) if given else [],
+    )
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    found = np.quantile(values, [0.5, 0.95, 0.99]).tolist()
+    return dict(zip(("p50", "p95", "p99"), found, strict=True))
+
+
+def _looked_at(store: Store, since: float) -> tuple[list[Looked], list[tuple[str, str]]]:
+    """What people said of answers that were given anyway, and pairs of verdicts on one item."""
+    with store.database.read() as connection:
+        rows = connection.execute(select(ReviewRow.__table__).where(ReviewRow.at >= since))
+        items = {row.id: dict(row._mapping) for row in rows}
+        verdicts: dict[str, list[dict[str, Any]]] = {}
+        query = select(VerdictRow.__table__).where(VerdictRow.at >= since).order_by(VerdictRow.at)
+        for row in connection.execute(query):
+            verdicts.setdefault(row.review_id, []).append(dict(row._mapping))
+    looked = [
+        Looked(not is_right(final(item, verdicts[name])), item["inclusion"])
+        for name, item in items.items()
+        if item["state"] == "decided" and not item["urgent"] and name in verdicts
+    ]
+    pairs = [(said[0]["verdict"], said[1]["verdict"]) for said in verdicts.values() if len(said) > 1]
+    return looked, pairs
+
+
+def models(store: Store) -> list[dict[str, Any]]:
+    """Model artifacts, the newest first, with what they were made from."""
+    found = []
+    for summary in store.artifacts():
+        if summary.kind == "model":
+            artifact = store.open(summary.id, verify=False)
+            found.append(
+                {
+                    "id": summary.id,
+                    "made": artifact.manifest.created_at[:16].replace("T", " "),
+                    "by": artifact.manifest.recipe.get("kind", ""),
+                    "parents": artifact.manifest.parents,
+                    "counts": artifact.manifest.counts,
+                }
+            )
+    return sorted(found, key=lambda model: model["made"], reverse=True)
+
+
+def reports(store: Store) -> list[str]:
+    """Pages that runs wrote, as run/name."""
+    return sorted(f"{path.parent.name}/{path.stem}" for path in (store.root / "runs").glob("*/*.html"))
+
+
+def report_path(store: Store, name: str) -> Path | None:
+    """The file of a report that `reports` names; None for any other."""
+    return store.root / "runs" / f"{name}.html" if name in reports(store) else None
+
+
+class Curve(NamedTuple):
+    """How a training went, or goes."""
+
+    name: str
+    running: bool
+    steps: int
+    loss: float | None
+    tokens_per_second: float | None
+    slices: Mapping[str, Sequence[tuple[float, float]]]
+    """Nats per token by slice, and the loss as "all"."""
+
+
+_POINTS = 200
+
+
+def curves(store: Store, most: int = 8) -> list[Curve]:
+    """The newest trainings, those that are under way first."""
+    running = [(path, True) for path in (store.root / "work").glob("*/metrics.jsonl")]
+    done = [(path, False) for path in (store.root / "artifacts").glob("model-*/metrics.jsonl")]
+    newest = sorted([*running, *done], key=lambda one: (one[1], one[0].stat().st_mtime), reverse=True)
+    return [found for path, is_running in newest[:most] if (found := _curve(path, is_running)) is not None]
+
+
+def _curve(path: Path, running: bool) -> Curve | None:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the line that is being written
+    if not rows:
+        return None
+    slices: dict[str, list[tuple[float, float]]] = {}
+    for row in rows[:: max(1, len(rows) // _POINTS)]:
+        for name, nats in {"all": row.get("loss"), **(row.get("nll_nats") or {})}.items():
+            if nats is not None:
+                slices.setdefault(name, []).append((float(row["step"]), float(nats)))
+    last = rows[-1]
+    return Curve(
+        path.parent.name, running, last["step"], last.get("loss"), last.get("tokens_per_second"), slices
+    )
+
+
+def event_of_review(store: Store, request_id: str) -> dict[str, Any] | None:
+    """The event of an item's request."""
+    with store.database.read() as connection:
+        row = connection.execute(select(EventRow.__table__).where(EventRow.request_id == request_id)).first()
+        return None if row is None else dict(row._mapping)
