@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -m "not slow"
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo demo-small test test-slow check bench bench-align clean
+.PHONY: demo demo-small test test-slow check audit bench bench-align bench-serve clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gyro demo
@@ -29,12 +29,21 @@ check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --severity-level medium src/gyrocompass/serve
+
+# Known faults of what is pinned. It asks a server of advisories, so it is no part of `check`.
+audit: $(VENV)/.installed-check
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(VENV)/.installed-check
 	$(BIN)/python benchmarks/loss.py
 
 bench-align: $(VENV)/.installed-check
 	$(BIN)/python benchmarks/align.py
+
+bench-serve: $(VENV)/.installed-check
+	$(BIN)/python benchmarks/serve.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -102,6 +102,10 @@ class Report:
 
 def doctor(options: argparse.Namespace) -> int:
     """Print what was found; 1 if something that was asked for is broken."""
+    if options.url is not None:
+        from gyrocompass.cli.probe import probe_server
+
+        return probe_server(options)
     report = examine(options.store, options.store_url)
     if options.json:
         print(json.dumps(asdict(report), indent=2))

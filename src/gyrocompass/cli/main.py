@@ -239,6 +239,7 @@ def _add_serve(verbs: _Verbs[argparse.ArgumentParser]) -> None:
         "--keep-texts", choices=("none", "masked", "full"), default="none", help="of events (default: none)"
     )
     verb.add_argument("--keep-days", type=_number(0.0, above=True), default=30.0, help="of events (30)")
+    verb.add_argument("--traces", type=Path, metavar="FILE", help="write OpenTelemetry spans here, as JSON")
     verb.add_argument("--max-tokens", type=_at_least(1), default=4096, help="of one answer, at most")
     verb.add_argument("--max-body-bytes", type=_at_least(1024), default=4 * 2**20, help="of one request")
     verb.add_argument("--deadline-s", type=_number(0.0, above=True), help="of one request, seconds")
@@ -393,6 +394,11 @@ def _add_report(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_doctor(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb = _add(verbs, "doctor", "say what works on this machine, what does not, and what to do about it")
+    verb.add_argument(
+        "url", nargs="?", help="of an OpenAI-compatible server: look for what ruins likelihoods"
+    )
+    verb.add_argument("--model", help="the model's name at the server (default: its first)")
+    verb.add_argument("--key-env", metavar="VARIABLE", help="the variable that holds the server's key")
     verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     _store_options(verb)
 

@@ -30,6 +30,7 @@ def serve(options: argparse.Namespace) -> int:
         from gyrocompass.serve.policy import load_policy
         from gyrocompass.serve.routes import ServeSettings
         from gyrocompass.serve.sessions import secret_of
+        from gyrocompass.serve.traces import write_traces
         from gyrocompass.serve.upstream import Upstream
     except ImportError as error:
         raise MissingDependency(error.name or "fastapi", extra="serve", needed_for="gyro serve") from error
@@ -78,8 +79,11 @@ def serve(options: argparse.Namespace) -> int:
     console.print(
         f"serving {lineage.get('model') or backend.name} at http://{options.host}:{options.port}/v1"
     )
+    traces = None if options.traces is None else write_traces(options.traces)
     logging.getLogger("gyrocompass.serve").addHandler(logging.StreamHandler())
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
+    if traces is not None:
+        traces.shutdown()
     return 0
 
 

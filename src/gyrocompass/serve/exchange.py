@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from gyrocompass.serve.answer import Answered, Asked, EventSink, Gatekeeper, Judgement
 from gyrocompass.serve.backend import Backend, Job, Piece, Samples
 from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.traces import span
 
 NO_STRONGER = "the gate asked for a stronger model, and none is set"
 ABSTENTION = "I am not sure enough to answer this."
@@ -62,7 +63,9 @@ class Exchange:
             Failure: as for `Backend.write`.
         """
         try:
-            found = await self._whole(asked, job)
+            with span(asked, job, self.backend.name) as traced:
+                found = await self._whole(asked, job)
+                traced.ended([outcome.answered for outcome in found], [one.judgement for one in found])
         except Failure as failure:
             self.record(asked, None, None, failure.status)
             raise
@@ -111,9 +114,11 @@ class Exchange:
         samples = Samples(job, self.backend.name)
         status = 499  # of a client that left, unless we come to the end
         try:
-            async for piece in self.backend.write(job):
-                samples.add(piece, time.time())
-                yield piece
+            with span(asked, job, self.backend.name) as traced:
+                async for piece in self.backend.write(job):
+                    samples.add(piece, time.time())
+                    yield piece
+                traced.ended(samples.answered(), ())
             status = 200
         except Failure as failure:
             status = failure.status
