@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -m "not slow"
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo demo-small test test-slow check audit bench bench-align bench-serve clean
+.PHONY: demo demo-small test test-slow check audit bench bench-align clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gyro demo
@@ -41,9 +41,6 @@ bench: $(VENV)/.installed-check
 
 bench-align: $(VENV)/.installed-check
 	$(BIN)/python benchmarks/align.py
-
-bench-serve: $(VENV)/.installed-check
-	$(BIN)/python benchmarks/serve.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
