@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,39 @@ def test_bad_input_is_told(
     known: dict[str, Any] = {"MODEL": model, "TASKS": files / "tasks.yaml"}
     code, _, err = gyro(*[known.get(one, one) for one in asked], "--store", tmp_path / "store")
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_items_that_were_read_and_canaries_are_told(
+    finished_run: FinishedRun, tmp_path: Path, gyro: Callable[..., tuple[int, str, str]]
+) -> None:
+    shutil.copytree(finished_run.store, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    ids = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
+    texts = [
+        " ".join(document.texts[0].split()[:20])
+        for document in read_documents(store.open(ids["train_documents"]).path)
+    ]
+    new = [
+        "a question of so many words that nobody has ever put into any text before, has he, " + n
+        for n in "ab"
+    ]
+    records = [{"question": text, "choices": [" a", " b"], "answer": 0} for text in [*texts[:3], *new]]
+    (tmp_path / "read.jsonl").write_text("\n".join(map(json.dumps, records)))
+    task = '{kind: choice, name: read, data: read.jsonl, prompt: "{question}"}'
+    (tmp_path / "tasks.yaml").write_text(f"tasks: [{task}]")
+    canaries = [{"context": "my number is", "canary": " 4417-ab"}, {"context": "", "canary": "Qx 7"}]
+    (tmp_path / "canaries.jsonl").write_text("\n".join(map(json.dumps, canaries)))
+    asked = ("eval", ids["fine_tuned"], "--tasks", tmp_path / "tasks.yaml", "--store", store.root)
+    code, _, error = gyro(*asked, "--set", f"stages.evaluation.canaries={tmp_path / 'canaries.jsonl'}")
+    assert code == 0, error
+    told = json.loads((artifact(store, "evaluation") / "evaluation.json").read_text())
+    (row,) = told["contamination"]
+    assert (row["items"], row["read"], row["accuracy_read"]["items"]) == (5, 3, 3)
+    assert row["low"] < 0.6 < row["high"] and row["documents"] >= len(texts)
+    assert [one["canary"] for one in told["canaries"]] == [" 4417-ab", "Qx 7"]
+    assert all(0 <= one["bits"] <= one["most"] == 8.0 for one in told["canaries"])
+    page = (store.root / "runs" / "eval" / "evaluation.html").read_text()
+    assert "Items that it may have read" in page and "<code> 4417-ab</code>" in page
+    (tmp_path / "canaries.jsonl").write_text('{"context": "x"}')
+    code, _, error = gyro(*asked, "--set", f"stages.evaluation.canaries={tmp_path / 'canaries.jsonl'}")
+    assert code == 2 and "canaries.jsonl:1" in error

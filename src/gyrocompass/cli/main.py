@@ -157,6 +157,10 @@ def _add_score(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument(
         "--length", type=_at_least(2), help="tokens looked back at (default: the context, at most 1024)"
     )
+    verb.add_argument(
+        "--stride", type=_at_least(1),
+        help="long documents in windows that begin so many tokens apart (default: the length, no overlap)",
+    )  # fmt: skip
     verb.add_argument("--precision", choices=("float64", "float32", "bf16"), default="float32")
     verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _store_options(verb)

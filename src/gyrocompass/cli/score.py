@@ -21,6 +21,7 @@ from gyrocompass.data.rows import token_rows
 from gyrocompass.data.sources import FilesSource, Source, read_sources
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset, TokenRow
+from gyrocompass.data.windows import windowed
 from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.table import print_scores
@@ -44,6 +45,9 @@ def score(options: argparse.Namespace) -> int:
     model = open_model(folder, dtype=PRECISIONS[options.precision], device=device)
     length = options.length or min(context_length(model), LONGEST_ROW)
     check_fit(model, read.data, length, "gyro score --length")
+    stride = options.stride or length
+    if stride < length:
+        read = read._replace(data=windowed(read.data, length, stride))
     ledger, tokens = Ledger(), list[_Token]()
     with evaluating(model), Progress(quiet=options.json) as progress:
         task = progress.task("score", read.data.n_targets)
@@ -56,12 +60,13 @@ def score(options: argparse.Namespace) -> int:
     tokens.sort(key=lambda token: token.place)
     rows = slice_scores(ledger)
     if options.json:
-        answer = {"sequence_length": length, "slices": [row._asdict() for row in rows]}
+        answer = {"sequence_length": length, "stride": stride, "slices": [row._asdict() for row in rows]}
         beside = {"tokens": [token._asdict() for token in tokens]} if options.tokens else {}
         print(json.dumps(answer | beside, indent=2, allow_nan=False))
         return 0
     _print_tokens(tokens, Console(soft_wrap=True))
-    print_scores(rows, Console(), f"{options.model}, looking back at most {length} tokens")
+    least = f", at least {length - stride}" if stride < length else ""
+    print_scores(rows, Console(), f"{options.model}, looking back at most {length} tokens{least}")
     return 0
 
 

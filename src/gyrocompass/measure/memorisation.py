@@ -11,8 +11,13 @@ Source: Carlini et al. 2019, "The Secret Sharer", section 4.2.
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import re
+import string
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +75,73 @@ def exposure(score: ScoreContinuations, context: str, canary: str, others: Seque
     rank = 1 + int((np.array(sums[1:]) >= sums[0]).sum())
     candidates = 1 + len(others)
     return Exposure(math.log2(candidates) - math.log2(rank), rank, candidates)
+
+
+class Canary(NamedTuple):
+    """What was planted, and what stands before it."""
+
+    context: str
+    canary: str
+
+
+def read_canaries(path: Path) -> list[Canary]:
+    """Canaries of a JSONL file, with the fields `context` and `canary`.
+
+    Raises:
+        BadInput: it cannot be read, or a line lacks a field or has no letter or digit to draw anew.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the canaries cannot be read: {error}", where=path) from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            canary = Canary(str(record["context"]), str(record["canary"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"not a canary: {error!r}",
+                where=f"{path}:{number}",
+                fix='write {"context": ..., "canary": ...}',
+            ) from error
+        if not re.search(r"[0-9A-Za-z]", canary.canary):
+            raise BadInput("a canary without a letter or a digit", where=f"{path}:{number}")
+        found.append(canary)
+    return found
+
+
+def exposures(
+    score: ScoreContinuations, canaries: Sequence[Canary], candidates: int
+) -> list[tuple[Canary, Exposure]]:
+    """The exposure of each canary among texts of its form, drawn as `drawn_like` draws them."""
+    found = []
+    for canary in canaries:
+        others = drawn_like(canary.canary, candidates - 1)
+        found.append((canary, exposure(score, canary.context, canary.canary, others)))
+    return found
+
+
+def drawn_like(text: str, count: int) -> list[str]:
+    """Different texts of one form: each digit, small and capital letter drawn anew, evenly.
+
+    The same text always gives the same ones, so canaries are comparable between models. They are as many as
+    were asked for, or as there are.
+
+    >>> drawn_like("id 7", 3)[0] != "id 7", len(drawn_like("7", 100))
+    (True, 9)
+    """
+    draw = random.Random(text)
+    kinds = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
+    found: dict[str, None] = {}
+    for _ in range(50 * count):
+        letters = [draw.choice(next((kind for kind in kinds if letter in kind), letter)) for letter in text]
+        other = "".join(letters)
+        if other != text:
+            found[other] = None
+        if len(found) == count:
+            break
+    return list(found)
 
 
 def verbatim(

@@ -8,7 +8,7 @@ Long documents: a document of more than `length` tokens is cut from its start in
 with stride `length`, as in training. Every token is predicted exactly once, and the first tokens of a piece
 are predicted without what stood before the cut. The figures of long documents therefore depend on `length`,
 and two models are compared at the same one. Shorter strides, which give every token more context at a
-multiple of the cost, are left out.
+multiple of the cost, are `data.windows`.
 
 How documents are packed into rows and rows into batches changes nothing beyond rounding (law 1), and is the
 same in each run.

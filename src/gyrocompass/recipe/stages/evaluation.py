@@ -29,9 +29,10 @@ from gyrocompass.core.store import Store
 from gyrocompass.data.document import Document, read_documents
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
+from gyrocompass.data.windows import windowed
 from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.measure.ledger import Ledger
-from gyrocompass.measure.memorisation import verbatim
+from gyrocompass.measure.memorisation import exposures, read_canaries, verbatim
 from gyrocompass.measure.tasks.run import Outcome, TaskResult, ask
 from gyrocompass.measure.tasks.task import ChoiceTask, Item, Task, read_items, read_tasks
 from gyrocompass.model.fit import check_fit
@@ -47,12 +48,12 @@ from gyrocompass.recipe.stage import (
     Stage,
     Workplace,
 )
+from gyrocompass.recipe.stages.contaminated import contamination
+from gyrocompass.recipe.stages.learned import learned_from
 from gyrocompass.train.config import PRECISIONS
 
 EVALUATION, OUTCOMES = "evaluation.json", "outcomes.parquet"
 EvaluationName = Annotated[str, Reference(("evaluation",))]
-TRAINED_ON = {"data", "prompts"}
-"""Roles of a model's parents that it learned from."""
 
 
 # --- evaluation ---
@@ -72,6 +73,12 @@ class EvaluationStage(Stage):
     """Conversations that it was not trained on: which of several answers belongs to a question?"""
     trained: OptionalDocumentsName = None
     """Texts that it was trained on: how far does it recite them?"""
+    canaries: Path | None = None
+    """A JSONL file of what was planted in its data: `context` and `canary`. How exposed is each?"""
+    canary_candidates: int = Field(default=256, ge=2)
+    """Texts of the canary's form that it is ranked among, itself included."""
+    stride: int | None = Field(default=None, ge=1)
+    """Held-out documents longer than `sequence_length` in windows so far apart; None: no overlap."""
     choices: int = Field(default=4, ge=2)
     most_items: int = Field(default=200, ge=1)
     most_tokens: int = Field(default=40_000, ge=1)
@@ -87,6 +94,8 @@ class EvaluationStage(Stage):
         for path in self.tasks:
             own = [path, *(task.data for task in read_tasks(path))]
             found[str(path)] = [hashlib.sha256(one.read_bytes()).hexdigest() for one in own if one.is_file()]
+        if self.canaries is not None and self.canaries.is_file():
+            found["canaries"] = [hashlib.sha256(self.canaries.read_bytes()).hexdigest()]
         return found
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
@@ -116,14 +125,23 @@ class EvaluationStage(Stage):
             progress.advance(len(items))
             progress.finish()
         outcomes = [outcome for result in results for outcome in result.outcomes]
+        own = [
+            (result, items)
+            for result, (task, items) in zip(results, asked, strict=True)
+            if task.data.is_file()
+        ]
         found: dict[str, Any] = {
             "tasks": [_told(result) for result in results],
+            "contamination": contamination(workplace.store, workplace.inputs["model"], own),
             "likelihood": [],
             "recited": [],
+            "canaries": [],
         }
         if self.held_out is not None:
             data = TokenDataset.open(workplace.input("held_out"))
             check_fit(model, data, length, where)
+            if self.stride is not None:
+                data = windowed(data, length, self.stride)
             ledger = Ledger()
             outcomes += self._token_outcomes(model, data, length, ledger)
             ledger.save(draft.path / "ledger.parquet")
@@ -134,6 +152,11 @@ class EvaluationStage(Stage):
                 : self.most_recited
             ]
             found["recited"] = [one._asdict() for one in verbatim(write, texts)]
+        if self.canaries is not None:
+            found["canaries"] = [
+                {"canary": canary.canary} | one._asdict() | {"most": one.most}
+                for canary, one in exposures(score, read_canaries(self.canaries), self.canary_candidates)
+            ]
         _write_outcomes(outcomes, draft.path / OUTCOMES)
         (draft.path / EVALUATION).write_text(json.dumps(found, indent=1), encoding="utf-8")
         draft.counts |= {"tasks": len(results), "outcomes": len(outcomes)}
@@ -181,31 +204,12 @@ def check_not_trained_on(store: Store, model: Artifact, documents: Sequence[Docu
 
 def trained_on(store: Store, model: Artifact) -> set[str]:
     """The ids of all documents that a model has learned from, as far as its ancestors list them."""
-    found: set[str] = set()
-    seen: set[str] = set()
-
-    def visit(artifact_id: str, learns: bool) -> None:
-        if artifact_id in seen:
-            return
-        seen.add(artifact_id)
-        try:
-            artifact = store.open(artifact_id, verify=False)
-        except BadInput:
-            return  # an ancestor that was deleted, or is of another store
-        if learns:
-            found.update(row.document_id for row in store.documents(artifact.id) if row.status == "kept")
-        for role, parent in artifact.manifest.parents.items():
-            name = role.partition(".")[0]
-            if artifact.manifest.kind == "model":
-                if name in TRAINED_ON:
-                    visit(parent, True)
-                elif name == "model":
-                    visit(parent, False)
-            elif learns and artifact.manifest.kind == "tokens" and name in ("documents", "data"):
-                visit(parent, True)
-
-    visit(model.id, False)
-    return found
+    return {
+        row.document_id
+        for artifact in learned_from(store, model)
+        for row in store.documents(artifact.id)
+        if row.status == "kept"
+    }
 
 
 def _which_answer(documents: Sequence[Document], choices: int, most: int) -> list[tuple[Task, list[Item]]]:
