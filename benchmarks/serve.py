@@ -171,6 +171,7 @@ def gate_part(litellm: str | None, rate: float, seconds: float) -> tuple[list[li
         (folder / "litellm.yaml").write_text(
             json.dumps(
                 {
+                    "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},
                     "model_list": [
                         {
                             "model_name": "fake",
@@ -180,7 +181,7 @@ def gate_part(litellm: str | None, rate: float, seconds: float) -> tuple[list[li
                                 "api_key": "none",
                             },
                         }
-                    ]
+                    ],
                 }
             )
         )

@@ -151,6 +151,7 @@ def test_a_good_confidence_gets_a_promise(tmp_path: Path) -> None:
         ["one", "two"] * 600,
         [f"g{n}" for n in range(1200)],
         np.ones(1200),
+        np.zeros(1200, np.int64),
     )
     stage = CalibrationStage(evaluation="x", risk=0.15)
     entry = stage._judge(kept, tmp_path)
@@ -237,3 +238,22 @@ def test_items_that_were_read_and_canaries_are_told(
     (tmp_path / "canaries.jsonl").write_text('{"context": "x"}')
     code, _, error = gyro(*asked, "--set", f"stages.evaluation.canaries={tmp_path / 'canaries.jsonl'}")
     assert code == 2 and "canaries.jsonl:1" in error
+
+
+def test_settings_of_sampling_are_swept(
+    model: Path, files: Path, tmp_path: Path, gyro: Callable[..., tuple[int, str, str]]
+) -> None:
+    settings = "{settings: [{temperature: 0.3}, {temperature: 2.0, top_p: 0.9}], samples: 3}"
+    asked = ("eval", model, "--tasks", files / "tasks.yaml", "--store", tmp_path / "store")
+    code, _, error = gyro(*asked, "--set", f"stages.evaluation.sweep={settings}")
+    assert code == 0, error
+    told = json.loads((artifact(Store(tmp_path / "store"), "evaluation") / "evaluation.json").read_text())
+    cold, warm = told["sweep"]
+    assert (cold["task"], cold["setting"], warm["setting"]) == ("words", "T 0.3", "T 2, top-p 0.9")
+    assert cold["metric"] == "token_f1" and cold["items"] == 6
+    for row in (cold, warm):
+        for name, figure in row["figures"].items():
+            assert figure["low"] <= figure["value"] <= figure["high"], name
+    assert warm["figures"]["self-BLEU"]["value"] < cold["figures"]["self-BLEU"]["value"]
+    page = (tmp_path / "store" / "runs" / "eval" / "evaluation.html").read_text()
+    assert "Quality against diversity" in page and "T 2, top-p 0.9" in page

@@ -24,6 +24,7 @@ from gyrocompass.recipe.comparing import (
     print_comparison,
     seeded,
     write_comparison,
+    write_page,
 )
 from gyrocompass.recipe.comparing import (
     compare as compare_runs,
@@ -41,6 +42,8 @@ def compare(options: argparse.Namespace) -> int:
     print_comparison(found, console)
     path = options.store / "comparisons" / f"{_plain(found.names[0])}-{_plain(found.names[1])}.json"
     write_comparison(found, path)
+    write_page(found, path.with_suffix(".html"))
+    console.print(f"As a page: {path.with_suffix('.html')}", highlight=False, soft_wrap=True)
     console.print(f"The same as JSON: {path}", highlight=False, soft_wrap=True)
     return 0
 

@@ -29,6 +29,8 @@ class Writing(NamedTuple):
     chat: bool = False
     """Whether prompts are what a user says, to be put into the chat template."""
     seed: int = 0
+    top_p: float = 1.0
+    top_k: int | None = None
 
 
 class Written(NamedTuple):

@@ -57,7 +57,8 @@ def writer(model: nn.Module, tokenizer: Any, *, slots: int = 16, rows: int = 8) 
         asked = [prompt_ids(tokenizer, [Message("user", text)] if writing.chat else text) for text in prompts]
         repeated = [ids for ids in asked for _ in range(writing.samples)]
         seeds = [writing.seed * 1_000_003 + number for number in range(len(repeated))]
-        sampling = Sampling(writing.max_new_tokens, ends, writing.temperature)
+        top_p = None if writing.top_p == 1 else writing.top_p
+        sampling = Sampling(writing.max_new_tokens, ends, writing.temperature, writing.top_k, top_p)
         drawn = sample(model, repeated, seeds, sampling, slots=slots)
         pairs = [(ids, one.token_ids) for ids, one in zip(repeated, drawn, strict=True)]
         scores = score_pairs(model, pairs, length=context_length(model), rows=rows)

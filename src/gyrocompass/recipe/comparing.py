@@ -31,7 +31,7 @@ from gyrocompass.measure.ledger import FIELDS, Ledger
 from gyrocompass.recipe import report_format as fmt
 from gyrocompass.recipe.recipe import Recipe
 from gyrocompass.recipe.record import RunRecord
-from gyrocompass.recipe.report_judgement import judgements
+from gyrocompass.recipe.report_judgement import judgements, page_template
 from gyrocompass.recipe.stages.train import TrainStage
 
 COUNT, VALUE = FIELDS.index("count"), FIELDS.index("value")
@@ -177,6 +177,39 @@ def print_comparison(found: Comparison, console: Console) -> None:
             )
     for name, (one, other) in found.calibration.items():
         console.print(f"debiased calibration error, {name}: {fmt.figure(one)} and {fmt.figure(other)}")
+
+
+def write_page(found: Comparison, path: Path) -> None:
+    """The same as a page."""
+    costs = [(name, cost) for name, cost in zip(found.names, found.costs, strict=True) if cost.steps]
+    seeds = len(next(iter(found.by_seed.values())))
+    page = page_template("comparison.html.j2").render(
+        found=found, costs=costs, seeds=seeds, plot=_difference_plot(found)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, page)
+
+
+def _difference_plot(found: Comparison) -> str:
+    from gyrocompass.recipe.svg import both, caption, mark, series
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        caption(axes, "difference in nats per token, with 95% intervals; dots: single seeds")
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=mark("grid"), linewidth=0.8)
+        axes.axvline(0, color=mark("muted"), linewidth=1)
+        for place, line in enumerate(found.lines):
+            colour = mark("ink") if line.slice == "total" else mark(series(place))
+            axes.plot([line.result.low, line.result.high], [place, place], color=colour, linewidth=2)
+            axes.plot([line.result.difference], [place], marker="D", color=colour, markersize=6)
+            seeds = found.by_seed[line.slice]
+            if len(seeds) > 1:
+                axes.plot(seeds, [place + 0.18] * len(seeds), ".", color=mark("muted"))
+        axes.set_yticks(range(len(found.lines)), [line.slice for line in found.lines], parse_math=False)
+        axes.set_ylim(len(found.lines) - 0.5, -0.5)
+
+    return both("difference", "Difference by slice", 60 + 34 * len(found.lines), draw)
 
 
 def write_comparison(found: Comparison, path: Path) -> None:

@@ -147,10 +147,11 @@ def write_judgements(record: RunRecord, store: Store, folder: Path) -> list[Path
     """Write a page and a JSON file for each evaluation and calibration; the paths of the pages."""
     paths = []
     for one in judgements(record, store):
-        page = _template().render(
+        page = page_template("judgement.html.j2").render(
             one=one,
             record=record,
             likelihood_plot=_likelihood_plot(one) if one.evaluation["likelihood"] else "",
+            sweep_plot=_sweep_plot(one) if one.evaluation.get("sweep") else "",
             diagrams=[(entry, _reliability_plot(entry), _risk_plot(entry)) for entry in one.calibrations],
         )
         path = folder / f"{one.name}.html"
@@ -161,7 +162,8 @@ def write_judgements(record: RunRecord, store: Store, folder: Path) -> list[Path
     return paths
 
 
-def _template() -> Template:
+def page_template(name: str) -> Template:
+    """A page's template, with the filters that pages of figures use."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -171,10 +173,35 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("count", "counted", "share", "figure")
+    names = ("count", "counted", "share", "figure", "signed")
     environment.filters |= {name: getattr(fmt, name) for name in names}
     environment.globals |= {"DASH": fmt.DASH, "interval": fmt.interval}
-    return environment.get_template("judgement.html.j2")
+    return environment.get_template(name)
+
+
+def _sweep_plot(one: Judgement) -> str:
+    from gyrocompass.recipe.svg import both, caption, mark, marker, series
+
+    rows = one.evaluation["sweep"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        caption(axes, "score against self-BLEU, a point for each setting; less self-BLEU is more diverse")
+        axes.grid(color=mark("grid"), linewidth=0.8)
+        for place, task in enumerate(tasks):
+            own = [row for row in rows if row["task"] == task]
+            x = [row["figures"]["self-BLEU"]["value"] for row in own]
+            y = [row["figures"]["score"]["value"] for row in own]
+            colour = mark(series(place))
+            axes.plot(x, y, marker=marker(place), color=colour, linewidth=1, markersize=6)
+            for row, across, up in zip(own, x, y, strict=True):
+                label = f"{task}: {row['setting']}" if len(tasks) > 1 else row["setting"]
+                text = axes.annotate(label, (across, up), xytext=(5, 5), textcoords="offset points")
+                text.set_parse_math(False)
+                text.set_color(colour)
+
+    return both(f"sweep-{one.name}", "Quality against diversity", 320, draw)
 
 
 def _likelihood_plot(one: Judgement) -> str:

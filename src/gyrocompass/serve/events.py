@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 from sqlalchemy import delete, insert, select
 
@@ -30,7 +29,7 @@ from gyrocompass.serve.answer import Answered, Asked, Judgement
 
 _LOG = logging.getLogger("gyrocompass.serve")
 _BATCH = 500
-_PAUSE_S = 0.2
+_PAUSE_S = 0.5
 
 
 class EventSettings(Config):
@@ -145,10 +144,10 @@ def event_of(
         "prompt_tokens": 0 if answered is None else answered.prompt_tokens,
         "tokens": len(logprobs),
         "prompt_characters": len(asked.prompt),
-        "sequence_logprob": float(np.sum(known)) if known else None,
-        "mean_logprob": float(np.mean(known)) if known else None,
-        "min_logprob": float(np.min(known)) if known else None,
-        "mean_entropy": float(np.mean(told)) if told else None,
+        "sequence_logprob": sum(known) if known else None,
+        "mean_logprob": sum(known) / len(known) if known else None,
+        "min_logprob": min(known, default=None),
+        "mean_entropy": sum(told) / len(told) if told else None,
         "confidence": None if confidence is None else confidence.probability,
         "calibrator": "" if confidence is None else confidence.calibrator,
         "policy": "" if judgement is None else judgement.policy,

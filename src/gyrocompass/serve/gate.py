@@ -87,6 +87,7 @@ class Gate:
     ) -> None:
         self.policy, self._lookers, self._calibrated, self._reviews = policy, lookers, calibrated, reviews
         self._draw = draw or random.SystemRandom()
+        self._id = policy.id
         self._early = _early_rules(policy)
         self._seen: OrderedDict[str, Looked] = OrderedDict()
         """What scorers said of questions that are being answered."""
@@ -168,7 +169,7 @@ class Gate:
             _text(outcome, rule, answered.text, facts),
             facts.confidence,
             facts.flags,
-            self.policy.id,
+            self._id,
             review_id,
             audited,
             inclusion,
@@ -178,7 +179,7 @@ class Gate:
         """Nothing passes that was not looked at."""
         _LOG.error("the gate failed, and blocks: %s", error, exc_info=error)
         reason = f"the gate failed: {type(error).__name__}"
-        return Judgement("block", (reason,), SAID["block"], policy=self.policy.id)
+        return Judgement("block", (reason,), SAID["block"], policy=self._id)
 
 
 def holds(when: When, facts: Facts) -> bool:

@@ -53,7 +53,10 @@ class Looked(NamedTuple):
 async def look(lookers: tuple[Looker, ...], side: str, text: str) -> Looked:
     """Ask all scorers of a side at once. Raises nothing."""
     asked = [looker for looker in lookers if side in looker.sides]
-    found = await asyncio.gather(*(_one(looker, text) for looker in asked))
+    if any(looker.timeout_s is not None for looker in asked):
+        found = await asyncio.gather(*(_one(looker, text) for looker in asked))
+    else:  # nobody waits for anything
+        found = [await _one(looker, text) for looker in asked]
     flags, failures = {}, []
     for looker, score in zip(asked, found, strict=True):
         if isinstance(score, str):
@@ -66,8 +69,11 @@ async def look(lookers: tuple[Looker, ...], side: str, text: str) -> Looked:
 async def _one(looker: Looker, text: str) -> float | str:
     """The score, or why there is none."""
     try:
-        async with asyncio.timeout(looker.timeout_s):
+        if looker.timeout_s is None:
             score = float(await looker.score(text))
+        else:
+            async with asyncio.timeout(looker.timeout_s):
+                score = float(await looker.score(text))
     except TimeoutError:
         return f"no answer within {looker.timeout_s:g} s"
     except Exception as error:  # whatever a scorer raises, it has not looked

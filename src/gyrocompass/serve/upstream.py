@@ -31,6 +31,7 @@ _MESSAGE = {"role", "content", "refusal"}
 _REPLY = {"id", "object", "created", "model", "choices", "usage"}
 _OURS = ("slice", "deadline_s", "consent", "webhook")
 _SHOWN_CHARACTERS = 500
+_LISTED_S = 30.0
 
 
 class Upstream:
@@ -67,14 +68,19 @@ class Upstream:
                 )
             self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
         self._session: Any = None
+        self._listed: list[dict[str, Any]] = []
+        self._listed_at = 0.0
         self._running = 0
 
     async def models(self) -> list[dict[str, Any]]:
-        """What it lists."""
+        """What it lists; asked for anew every half minute."""
+        if self._listed and time.monotonic() - self._listed_at < _LISTED_S:
+            return self._listed
         answer = await self._json("GET", "/v1/models")
         data = answer.get("data")
         if not isinstance(data, list) or not all(isinstance(one, dict) and "id" in one for one in data):
             raise Failure(502, f"the upstream lists no models: {_shown(json.dumps(answer))}")
+        self._listed, self._listed_at = data, time.monotonic()
         return data
 
     async def write(self, job: Job) -> AsyncIterator[Piece]:
@@ -157,6 +163,7 @@ class Upstream:
 
     async def ready(self) -> str | None:
         """Whether it lists its models."""
+        self._listed_at = -_LISTED_S
         try:
             async with asyncio.timeout(5):
                 await self.models()

@@ -16,6 +16,7 @@ have neither a check digit nor a form of their own.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -101,8 +102,14 @@ def find_in(text: str, kinds: Sequence[PersonalKind] = KINDS) -> list[Span]:
     >>> [(span.kind, span.score) for span in find_in("Anna <anna.b@posteo.de>, +49 30 901820")]
     [('email', 0.95), ('phone', 0.95)]
     """
+    if not _POSSIBLE.search(text):
+        return []
     joined = Joined([text])
     return by_document(joined, find(joined, kinds))[0]
+
+
+_POSSIBLE = re.compile(r"[\d@:]|at[)\]]|AT[)\]]")
+"""Something that each kind needs: a digit, an @ or its spelling, the colons of an address."""
 
 
 @functools.lru_cache(maxsize=4)

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from gyrocompass.measure.alignment import Figure
 from gyrocompass.measure.generate import Generate, Writing, Written
+from gyrocompass.measure.meaning import agreements
 from gyrocompass.measure.reward import Sample
-from gyrocompass.measure.rewards.answers import words
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.measure.rewards.registry import Tools
 from gyrocompass.measure.score import TokenScores
@@ -69,6 +69,8 @@ class Outcome(NamedTuple):
     correct: bool
     length: int
     """Tokens of the answer: a feature that calibrators may read."""
+    position: int = 0
+    """Of a token in its document."""
 
 
 class TaskResult(NamedTuple):
@@ -198,8 +200,7 @@ def _outcomes(
             "entropy": math.exp(-float(first.entropy_N.mean())) if len(first.entropy_N) else 1.0,
         }
         if len(ones) > 1:
-            said = words(first.text)
-            found["agreement"] = float(np.mean([words(other.text) == said for other in ones[1:]]))
+            found |= agreements([one.text for one in ones], task.alike)
         signals.append(found)
     if score is not None:
         asked = [

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -28,6 +29,7 @@ from pydantic import Field, model_validator
 from gyrocompass.core.config import Config, load_yaml, parse
 from gyrocompass.core.errors import BadInput, ConfigError, did_you_mean
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.tasks.harness import Harness, harness_task, records
 
 
 class TaskBase(Config):
@@ -42,6 +44,14 @@ class TaskBase(Config):
     """Put the prompt into the chat template, as what the user says."""
     most: int | None = Field(default=None, ge=1)
     """Ask only the first so many."""
+    harness: Harness | None = None
+    """How records are made, of a task of lm-evaluation-harness; None: they are lines of `data`."""
+
+    def reads(self) -> tuple[Path, ...]:
+        """The files that decide what is asked, beside the task's own."""
+        if self.harness is None:
+            return (self.data,)
+        return (*self.harness.files, *self.harness.fewshot_files, *self.harness.included)
 
     def fields(self) -> set[str]:
         """The fields that every record must have."""
@@ -87,6 +97,8 @@ class AnswerTask(TaskBase):
     stop: tuple[str, ...] = ()
     samples: int = Field(default=1, ge=1)
     temperature: float = Field(default=0.0, ge=0)
+    alike: float = Field(default=0.8, gt=0, le=1)
+    """Samples say the same if they share so much of their words (F1): for confidences that compare them."""
     pass_at: tuple[int, ...] = ()
     """k of pass@k, at most `samples`."""
     seed: int = 0
@@ -132,18 +144,31 @@ class Item(NamedTuple):
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """The tasks of a YAML file, a list under `tasks`.
+    """The tasks of a YAML file, a list under `tasks`; or the one of lm-evaluation-harness (`harness`).
 
     Raises:
         ConfigError: it is not as tasks are, with the line of each mistake.
         BadInput: it cannot be read, or two tasks have one name.
     """
+    if _is_harness(path):
+        task = parse(_File, {"tasks": [harness_task(path)]}, str(path)).tasks[0]
+        return [task]
     tasks = parse(_File, load_yaml(path)).tasks
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f"two tasks are called {name}", where=path, fix="give each its own name")
     return [task.model_copy(update={"data": path.parent / task.data}) for task in tasks]
+
+
+def _is_harness(path: Path) -> bool:
+    """Whether a file is a task of the harness; what cannot be read is for others to say."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    keys = {line.partition(":")[0] for line in lines if ":" in line}
+    return "tasks" not in keys and bool(keys & {"task", "doc_to_text", "include"})
 
 
 def read_items(task: Task) -> list[Item]:
@@ -153,6 +178,9 @@ def read_items(task: Task) -> list[Item]:
         BadInput: the file cannot be read or has no record; a record is no object, lacks a field, or its
             answer is none of its choices: with file and line.
     """
+    if task.harness is not None:
+        made = islice(enumerate(records(task.harness)), task.most)
+        return [item_of(task, record, str(number), place) for number, (place, record) in made]
     try:
         text = task.data.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

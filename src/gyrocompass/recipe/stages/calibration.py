@@ -62,6 +62,7 @@ class Kept(NamedTuple):
     slices: list[str]
     groups: list[str]
     length_N: FloatArray
+    position_N: NDArray[np.int64]
 
     def part(self, mask_N: NDArray[np.bool_]) -> Kept:
         """Some of them."""
@@ -74,11 +75,16 @@ class Kept(NamedTuple):
             [self.slices[place] for place in places],
             [self.groups[place] for place in places],
             self.length_N[mask_N],
+            self.position_N[mask_N],
         )
 
     def beside(self) -> Beside:
         """What calibrators may read."""
-        return Beside(slices=self.slices, features={"length": np.log1p(self.length_N).tolist()})
+        return Beside(
+            slices=self.slices,
+            positions=self.position_N.tolist(),
+            features={"length": np.log1p(self.length_N).tolist()},
+        )
 
 
 class CalibrationStage(Stage):
@@ -90,6 +96,7 @@ class CalibrationStage(Stage):
     methods: tuple[str, ...] = (
         "temperature",
         "temperature_by_slice",
+        "temperature_by_position",
         "adaptive",
         "platt",
         "beta",
@@ -234,6 +241,7 @@ def _kinds(table: pa.Table) -> Iterator[Kept]:
             [rows["slice"][place] for place in own],
             [rows["group"][place] for place in own],
             np.array([rows["length"][place] for place in own], np.float64),
+            np.array([rows["position"][place] for place in own], np.int64),
         )
 
 

@@ -34,7 +34,8 @@ from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.memorisation import exposures, read_canaries, verbatim
 from gyrocompass.measure.tasks.run import Outcome, TaskResult, ask
-from gyrocompass.measure.tasks.task import ChoiceTask, Item, Task, read_items, read_tasks
+from gyrocompass.measure.tasks.sweep import Sweep, sweep
+from gyrocompass.measure.tasks.task import AnswerTask, ChoiceTask, Item, Task, read_items, read_tasks
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.head import context_length
 from gyrocompass.model.open import open_model
@@ -77,6 +78,8 @@ class EvaluationStage(Stage):
     """A JSONL file of what was planted in its data: `context` and `canary`. How exposed is each?"""
     canary_candidates: int = Field(default=256, ge=2)
     """Texts of the canary's form that it is ranked among, itself included."""
+    sweep: Sweep | None = None
+    """Settings of sampling under which tasks that are answered freely are put again."""
     stride: int | None = Field(default=None, ge=1)
     """Held-out documents longer than `sequence_length` in windows so far apart; None: no overlap."""
     choices: int = Field(default=4, ge=2)
@@ -92,7 +95,7 @@ class EvaluationStage(Stage):
         """The content of the tasks' files and of their records."""
         found = {}
         for path in self.tasks:
-            own = [path, *(task.data for task in read_tasks(path))]
+            own = [path, *(one for task in read_tasks(path) for one in task.reads())]
             found[str(path)] = [hashlib.sha256(one.read_bytes()).hexdigest() for one in own if one.is_file()]
         if self.canaries is not None and self.canaries.is_file():
             found["canaries"] = [hashlib.sha256(self.canaries.read_bytes()).hexdigest()]
@@ -136,6 +139,12 @@ class EvaluationStage(Stage):
             "likelihood": [],
             "recited": [],
             "canaries": [],
+            "sweep": [
+                row._asdict()
+                for task, items in asked
+                if self.sweep is not None and isinstance(task, AnswerTask)
+                for row in sweep(task, items, write, self.sweep)
+            ],
         }
         if self.held_out is not None:
             data = TokenDataset.open(workplace.input("held_out"))
@@ -181,6 +190,7 @@ class EvaluationStage(Stage):
                         confidence=float(np.exp(top.logprob_KN[place, 0])),
                         correct=bool(part.rank_K[place] == 0),
                         length=1,
+                        position=int(part.index_K[place] - data.offset_D[document]),
                     )
 
 
@@ -260,7 +270,7 @@ def _told(result: TaskResult) -> dict[str, Any]:
 
 def _write_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:
     columns = {name: [getattr(one, name) for one in outcomes] for name in Outcome._fields}
-    types = {"confidence": pa.float64(), "correct": pa.bool_(), "length": pa.int32()}
+    types = {"confidence": pa.float64(), "correct": pa.bool_(), "length": pa.int32(), "position": pa.int32()}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in Outcome._fields])
     pq.write_table(pa.table(columns, schema=schema), path)
 

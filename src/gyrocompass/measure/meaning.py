@@ -1,0 +1,62 @@
+"""What several samples of one prompt agree on: clusters of texts that say the same, and their entropy.
+
+    samples --clusters--> which of them say the same --> agreement, semantic entropy
+
+Two texts say the same if the F1 of their words is at least a bound (1: the same words in any order). Clusters
+are grown in the order of the samples: a text joins the first cluster all of whose texts say the same as it.
+
+    agreement          share of the other samples in the cluster of the first
+    semantic entropy   H = -sum over clusters c of (n_c / n) log(n_c / n)
+
+As a confidence stands 1 - H / log n: 1 where all say the same, 0 where no two do. This is the discrete form
+of semantic entropy, in which samples count alike (Farquhar et al., Nature 630, 2024); their judge of what
+says the same is a language model, ours is words alone, and takes "not" for a word like any other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_WORDS = re.compile(r"\w+")
+
+
+def agreements(texts: Sequence[str], bound: float) -> dict[str, float]:
+    """The two confidences of at least two samples, by name.
+
+    >>> agreements(["It is four.", "it is four", "Five"], 1.0)
+    {'agreement': 0.5, 'semantic entropy': 0.4206198357143052}
+    """
+    labels = clusters(texts, bound)
+    counts = Counter(labels)
+    n = len(labels)
+    entropy = -sum(count / n * math.log(count / n) for count in counts.values())
+    return {
+        "agreement": (counts[labels[0]] - 1) / (n - 1),
+        "semantic entropy": min(1.0, max(0.0, 1 - entropy / math.log(n))),
+    }
+
+
+def clusters(texts: Sequence[str], bound: float) -> list[int]:
+    """The number of each text's cluster, in the order in which clusters begin."""
+    split = [Counter(_WORDS.findall(text.casefold())) for text in texts]
+    grown: list[list[int]] = []
+    labels = []
+    for place, own in enumerate(split):
+        label = next(
+            (n for n, members in enumerate(grown) if all(_f1(own, split[m]) >= bound for m in members)),
+            len(grown),
+        )
+        if label == len(grown):
+            grown.append([])
+        grown[label].append(place)
+        labels.append(label)
+    return labels
+
+
+def _f1(one: Counter[str], other: Counter[str]) -> float:
+    """2 |A and B| / (|A| + |B|) of words with their counts; 1 of two empty texts."""
+    total = one.total() + other.total()
+    return 2 * (one & other).total() / total if total else 1.0
