@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -23,6 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gyrocompass.core.database import Database
 from gyrocompass.core.errors import BadInput
+from gyrocompass.serve.answer import Token
+from gyrocompass.serve.events import EventLog, EventSettings, read_events
 from gyrocompass.serve.review import Conflict, Reviews, ReviewSettings, Verdict
 
 POSTGRES = os.environ.get("GYRO_TEST_POSTGRES_URL")
@@ -115,6 +118,23 @@ def test_one_of_several_is_preferred(database: Database) -> None:
     name = put(reviews, candidates=["4", "IV"])
     reviews.claim("ann")
     assert reviews.decide(name, "ann", Verdict("v", "prefer", preferred=2)).text == "IV"
+
+
+def test_whatever_a_model_writes_can_be_kept(database: Database) -> None:
+    reviews = Reviews(database, ONCE)
+    wild = answered("a\0b \ud800 \u202e")._replace(
+        tokens=[Token("\0", 1, -math.inf, None, [("\ud800", -math.inf), ("x", math.nan)])]
+    )
+    name = asyncio.run(reviews.put(asked("\0"), wild, ["\0"], None, 1.0))
+    reviews.claim("ann")
+    assert reviews.item(name)["tokens"] == [["\ufffd", None, [["\ufffd", None], ["x", None]]]]
+    told = reviews.decide(name, "ann", Verdict("v", "edit", "a\0", notes="\ud800"))
+    assert told.text == "a\ufffd"
+    log = EventLog(database, EventSettings(texts="full"))
+    log.record(asked("\0"), wild, None, 200)
+    log.close()
+    (event,) = read_events(database)
+    assert event["text"].startswith("a\ufffdb") and log.dropped == 0
 
 
 def test_many_at_once_get_different_items(database: Database) -> None:

@@ -26,6 +26,7 @@ from gyrocompass.core.database import Database
 from gyrocompass.core.errors import GyroError
 from gyrocompass.core.tables_serving import EventRow
 from gyrocompass.serve.answer import Answered, Asked, Judgement
+from gyrocompass.serve.storable import storable
 
 _LOG = logging.getLogger("gyrocompass.serve")
 _BATCH = 500
@@ -76,7 +77,7 @@ class EventLog:
             "text": None if answered is None else self._kept(answered.text),
         }
         try:
-            self._queue.put_nowait(row)
+            self._queue.put_nowait(storable(row))
         except queue.Full:
             self.dropped += 1
 

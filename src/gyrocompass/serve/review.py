@@ -29,6 +29,7 @@ from gyrocompass.core.database import Database
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.tables_serving import ReviewRow, VerdictRow
 from gyrocompass.serve.answer import Answered, Asked, Confidence
+from gyrocompass.serve.storable import storable
 
 VerdictKind = Literal["approve", "edit", "reject", "unsafe", "prefer"]
 
@@ -110,7 +111,7 @@ class Reviews:
             candidates: other answers, to choose between.
         """
         row = _row(asked, answered, reasons, confidence, inclusion, urgent, candidates)
-        row |= {"id": uuid.uuid4().hex, "at": self._now()}
+        row = storable(row) | {"id": uuid.uuid4().hex, "at": self._now()}
         row["needs"] = 2 if _share_of(row["id"]) < self.settings.double_share else 1
 
         def store() -> None:
@@ -190,22 +191,18 @@ class Reviews:
             _check(verdict, item)
             if item["state"] == "decided" or item["claimed_by"] != by:
                 raise Conflict("the claim is lost: claim the item again")
-            connection.execute(
-                insert(VerdictRow),
-                [
-                    {
-                        "id": verdict.id,
-                        "review_id": review_id,
-                        "at": self._now(),
-                        "by": by,
-                        "verdict": verdict.kind,
-                        "text": verdict.text,
-                        "preferred": verdict.preferred,
-                        "reason": verdict.reason,
-                        "notes": verdict.notes,
-                    }
-                ],
-            )
+            row = {
+                "id": verdict.id,
+                "review_id": review_id,
+                "at": self._now(),
+                "by": by,
+                "verdict": verdict.kind,
+                "text": verdict.text,
+                "preferred": verdict.preferred,
+                "reason": verdict.reason,
+                "notes": verdict.notes,
+            }
+            connection.execute(insert(VerdictRow), [storable(row)])
             said = _verdicts(connection, review_id)
             changes: dict[str, Any] = dict(_FREE)
             if len(said) == 2 and len({(one["verdict"], one["preferred"]) for one in said}) == 2:
@@ -281,11 +278,7 @@ def _row(
         "messages": [dict(message) for message in asked.messages],
         "answer": answered.text,
         "tokens": [
-            [
-                token.text,
-                _finite(token.logprob),
-                [[text, _finite(value)] for text, value in token.alternatives],
-            ]
+            [token.text, token.logprob, [[text, value] for text, value in token.alternatives]]
             for token in answered.tokens
         ],
         "candidates": list(candidates),
@@ -303,11 +296,6 @@ def _row(
         "webhook_due": None,
         "webhook_tries": 0,
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if abs(value) < float("inf") else None
 
 
 def _share_of(identity: str) -> float:

@@ -182,19 +182,19 @@ def test_draws_depend_on_the_seed_alone(small: EmbeddedEngine) -> None:
 
 
 def test_a_draw_is_from_the_distribution(llama: Any) -> None:
-    """Chi-squared over one token, drawn 2000 times in company."""
+    """Chi-squared over one token, drawn 1000 times in company."""
     engine = EmbeddedEngine(llama, Letters(), EngineSettings(most_waiting=3000))
     try:
         warm = Decoding(temperature=2.0)
-        inboxes = [ask(engine, Request([3, 4], warm, max_tokens=1, seed=seed)) for seed in range(2000)]
+        inboxes = [ask(engine, Request([3, 4], warm, max_tokens=1, seed=seed)) for seed in range(1000)]
         drawn = [inbox.wait().tokens[0].id for inbox in inboxes]
     finally:
         engine.close()
     with torch.no_grad():
         p_V = (llama(torch.tensor([[3, 4]])).logits[0, -1] / 2).softmax(0).numpy()
     count_V = np.bincount(drawn, minlength=VOCABULARY)
-    often = p_V * 2000 >= 5
-    squared = ((count_V - 2000 * p_V)[often] ** 2 / (2000 * p_V)[often]).sum()
+    often = p_V * 1000 >= 5
+    squared = ((count_V - 1000 * p_V)[often] ** 2 / (1000 * p_V)[often]).sum()
     assert squared < often.sum() + 5 * np.sqrt(2 * often.sum())
 
 
