@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import packed_batch, random_documents, tiny
 from torch import Tensor, nn
 
 from gyrocompass.core.errors import BadInput
@@ -21,6 +20,7 @@ from gyrocompass.loss.signal import IGNORE_INDEX
 from gyrocompass.model.future_heads import attach_future_heads
 from gyrocompass.model.load import load_causal_lm, save_model
 from gyrocompass.model.score import log_probs
+from tiny_models import packed_batch, random_documents, tiny
 
 COMPOSITE = parse_objectives(["nll", {"multi_token": {"weight": 0.5}}])
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.document import Message
@@ -16,6 +15,7 @@ from gyrocompass.data.encode import prompt_ids
 from gyrocompass.data.tokenizer import train_tokenizer
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.generate import generate
+from tiny_models import tiny
 
 PROMPTS = ["def f(x):", "", "return a longer one of the prompts", "x"]
 

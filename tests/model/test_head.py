@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCABULARY, packed_batch, random_documents, tiny
 from torch import nn
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.signal import Batch
 from gyrocompass.model.head import KNOWN, context_length, find_head, hidden_states
+from tiny_models import ARCHITECTURES, VOCABULARY, packed_batch, random_documents, tiny
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Law 1's."""

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, tiny
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.model.load import load_causal_lm, new_causal_lm, save_model
+from tiny_models import ARCHITECTURES, tiny
 
 
 @pytest.fixture(autouse=True)

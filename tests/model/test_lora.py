@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import packed_batch, random_documents, tiny
 from torch import nn
 
 from gyrocompass.core.errors import BadInput, MissingDependency
@@ -17,6 +16,7 @@ from gyrocompass.loss.signal import Batch
 from gyrocompass.model.head import find_head, hidden_states
 from gyrocompass.model.load import load_causal_lm, save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, is_adapted, load_adapter, save_adapter
+from tiny_models import packed_batch, random_documents, tiny
 
 pytest.importorskip("peft")
 

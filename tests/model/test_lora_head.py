@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from test_head import theirs_alone
-from tiny_models import VOCABULARY, packed_batch, random_documents, tiny
 from torch import nn
 
 from gyrocompass.core.errors import BadInput
@@ -21,6 +20,7 @@ from gyrocompass.model.load import load_causal_lm, save_model
 from gyrocompass.model.lora import LoraSettings, apply_lora, load_adapter, merged, save_adapter
 from gyrocompass.model.patch import patch, unpatch
 from gyrocompass.model.score import log_probs
+from tiny_models import VOCABULARY, packed_batch, random_documents, tiny
 
 peft = pytest.importorskip("peft")
 

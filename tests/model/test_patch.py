@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import ARCHITECTURES, VOCABULARY, tiny
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -23,6 +22,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.model import patch as patch_module
 from gyrocompass.model import trl_head
 from gyrocompass.model.lazy_logits import LazyLogits
+from tiny_models import ARCHITECTURES, VOCABULARY, tiny
 
 TOLERANCE: dict[str, float] = {"rtol": 2e-5, "atol": 2e-5}
 

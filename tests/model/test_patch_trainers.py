@@ -11,7 +11,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_models import VOCABULARY, tiny
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -19,6 +18,7 @@ from gyrocompass import patch, unpatch
 from gyrocompass.data.tokenizer import train_tokenizer
 from gyrocompass.model import patch as patch_module
 from gyrocompass.model import trl_head
+from tiny_models import VOCABULARY, tiny
 
 trl = pytest.importorskip("trl")
 

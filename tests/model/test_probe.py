@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_head import ours, theirs_alone
 from test_patch import assert_same, batch, loss_and_gradients
-from tiny_models import _ROPE, VOCABULARY, WINDOW, packed_batch, random_documents, tiny
 from torch import Tensor, nn
 
 from gyrocompass import patch
@@ -19,6 +18,7 @@ from gyrocompass.model import patch as patch_module
 from gyrocompass.model import probe, trl_head
 from gyrocompass.model.head import KNOWN, find_head, hidden_states
 from gyrocompass.model.load import new_causal_lm
+from tiny_models import _ROPE, VOCABULARY, WINDOW, packed_batch, random_documents, tiny
 
 _SMALL = {name: size for name, size in _ROPE.items() if name != "num_key_value_heads"}
 UNKNOWN: dict[str, dict[str, Any]] = {

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCABULARY, tiny
 from torch import nn
 
 from gyrocompass.core.errors import BadInput
@@ -18,6 +17,7 @@ from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.loss._noise import gumbel
 from gyrocompass.model.sampler import Sampled, Sampling, sample
 from gyrocompass.model.score import scored_tokens
+from tiny_models import ARCHITECTURES, VOCABULARY, tiny
 
 END = 7
 FREE = Sampling(max_new_tokens=9, end_ids=(END,))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import packed_batch, random_documents, tiny
 
 from gyrocompass.core.errors import GyroError
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.model.score import log_probs, score_dataset, scored_tokens
+from tiny_models import packed_batch, random_documents, tiny
 
 LENGTHS = [14, 3, 9, 2, 40, 6]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny
 
 from gyrocompass.data.document import Document
 from gyrocompass.data.encode import Encoded, encode
@@ -16,6 +15,7 @@ from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.measure.score import ScoredText, tally
 from gyrocompass.model import score
 from gyrocompass.model.score import score_dataset, scorer
+from tiny_models import tiny
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",

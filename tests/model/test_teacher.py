@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, packed_batch, random_documents, tiny
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.data.tokens import TokenDataset, write_tokens
 from gyrocompass.loss.objective import parse_objectives
 from gyrocompass.model.score import log_probs
 from gyrocompass.model.teacher import with_teacher
+from tiny_models import VOCABULARY, packed_batch, random_documents, tiny
 
 
 def test_columns_are_the_teachers_likeliest_tokens(tmp_path: Path) -> None:

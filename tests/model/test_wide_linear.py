@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import packed_batch, random_documents, tiny
 from torch import nn
 
 from gyrocompass.model.head import find_head, hidden_states
 from gyrocompass.model.load import new_causal_lm
 from gyrocompass.model.wide_linear import WideLinear, widen_where_narrow_is_slow
+from tiny_models import packed_batch, random_documents, tiny
 
 ROUNDING = 2.0**-8
 """bf16 keeps 8 bits."""

@@ -149,3 +149,16 @@ def test_greedy_writing(client: openai.OpenAI, speaking: tuple[Any, Any]) -> Non
     (expected,) = generate(*speaking, ["import"], max_new_tokens=8, decoding=Decoding(stop=("e",)))
     found = client.completions.create(model="tiny", prompt="import", max_tokens=8, temperature=0, stop="e")
     assert found.choices[0].text == expected.text
+
+
+def test_an_answer_that_time_ended_says_so(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        got: Any = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Write add."}],
+            stream=stream,
+            max_tokens=40,
+            extra_body={"deadline_s": 0.0001},
+        )
+        last = list(got)[-1].choices[0] if stream else got.choices[0]
+        assert last.finish_reason == "length" and last.model_extra["cut"] is True

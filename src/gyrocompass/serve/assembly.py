@@ -89,7 +89,7 @@ def assemble(
         choice,
         lineage or {},
         (review_router(queue, keys), pages),
-        (partial(asyncio.to_thread, log.close),),
+        (partial(asyncio.to_thread, log.close), *([] if gate is None else [gate.close])),
         (hooks.run,),
     )
 

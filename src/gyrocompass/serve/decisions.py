@@ -105,7 +105,7 @@ def _with(shares: Sequence[float], place: int, probability: float) -> list[float
     >>> _with([0.5, 0.25, 0.25], 0, 0.75)
     [0.75, 0.125, 0.125]
     """
-    rest = 1 - shares[place]
+    rest = sum(share for number, share in enumerate(shares) if number != place)
     scale = (1 - probability) / rest if rest > 0 else 0.0
     even = (1 - probability) / max(1, len(shares) - 1)
     found = [share * scale if rest > 0 else even for share in shares]

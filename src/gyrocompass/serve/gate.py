@@ -116,6 +116,12 @@ class Gate:
         except Exception as error:
             return self._broken(error)
 
+    async def close(self) -> None:
+        """Let go of what scorers hold."""
+        for looker in self._lookers:
+            if looker.close is not None:
+                await looker.close()
+
     async def moderate(self, text: str) -> Mapping[str, float]:
         """What the scorers say of a text, by name; one that failed counts as 1."""
         found: dict[str, float] = {}

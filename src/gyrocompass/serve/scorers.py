@@ -39,6 +39,8 @@ class Looker(NamedTuple):
     timeout_s: float | None
     on_failure: OnFailure
     score: Score
+    close: Callable[[], Awaitable[None]] | None = None
+    """Lets go of what it holds."""
 
 
 class Looked(NamedTuple):
@@ -106,17 +108,18 @@ def _looker(
     classifier: Callable[[str], Callable[[str], float]] | None,
 ) -> Looker:
     timeout_s: float | None = None
+    close: Callable[[], Awaitable[None]] | None = None
     if isinstance(scorer, PatternScorer):
         score = _patterns(scorer)
     elif isinstance(scorer, ModerationScorer):
-        score, timeout_s = _moderation(scorer), scorer.timeout_s
+        (score, close), timeout_s = _moderation(scorer), scorer.timeout_s
     elif isinstance(scorer, ClassifierScorer):
         if classifier is None:
             raise BadInput(f"the scorer {scorer.name} needs a model, which cannot be opened here")
         score, timeout_s = _classifier(classifier(scorer.model)), scorer.timeout_s
     else:
         score, timeout_s = _own(scorer, own), scorer.timeout_s
-    return Looker(scorer.name, scorer.sides, timeout_s, scorer.on_failure, score)
+    return Looker(scorer.name, scorer.sides, timeout_s, scorer.on_failure, score, close)
 
 
 def _patterns(scorer: PatternScorer) -> Score:
@@ -137,7 +140,7 @@ def _patterns(scorer: PatternScorer) -> Score:
     return score
 
 
-def _moderation(scorer: ModerationScorer) -> Score:
+def _moderation(scorer: ModerationScorer) -> tuple[Score, Callable[[], Awaitable[None]]]:
     headers = {}
     if scorer.api_key_env is not None:
         name = scorer.api_key_env
@@ -165,7 +168,11 @@ def _moderation(scorer: ModerationScorer) -> Score:
         ]
         return max(kept) if kept else math.nan
 
-    return score
+    async def close() -> None:
+        if client:
+            await client.pop().aclose()
+
+    return score, close
 
 
 def _classifier(classify: Callable[[str], float]) -> Score:
