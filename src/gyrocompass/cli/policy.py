@@ -46,7 +46,7 @@ def policy(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace, read: Any, store: Store, console: Console) -> int:
-    from gyrocompass.serve.assembly import calibrated_for
+    from gyrocompass.serve.confidence import calibrated_for
     from gyrocompass.serve.dry_run import dry_run
     from gyrocompass.serve.events import read_events
 

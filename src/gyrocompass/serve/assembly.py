@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from gyrocompass.core.errors import BadInput
@@ -16,7 +15,7 @@ from gyrocompass.core.store import Store
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.serve.answer import Answered, Asked, Judgement
 from gyrocompass.serve.backend import Backend, Job
-from gyrocompass.serve.confidence import Calibrated, open_calibrated
+from gyrocompass.serve.confidence import artifact_folder, calibrated_for, open_calibrated
 from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
 from gyrocompass.serve.events import EventLog, EventSettings
 from gyrocompass.serve.exchange import Exchange
@@ -123,43 +122,15 @@ def _asker(exchange: Exchange) -> Ask:
 _EVERYTHING = Mask(personal=True, secrets=True)
 
 
-def calibrated_for(policy: Policy, store: Store) -> Calibrated | None:
-    """The calibrator that a policy names, checked against what it promises.
-
-    Raises:
-        BadInput: there is none, or it promises less.
-    """
-    if policy.calibrator is None:
-        return None
-    found = open_calibrated(_folder(policy.calibrator, store), "answer", policy.signal)
-    if policy.promise is None:
-        return found
-    made = found.guarantee
-    wanted = f"at most {policy.promise.risk:.3g} wrong with {policy.promise.confidence:.3g} confidence"
-    if made is None or made.risk > policy.promise.risk or made.confidence < policy.promise.confidence:
-        has = "nothing" if made is None else f"{made.risk:.3g} with {made.confidence:.3g} confidence"
-        raise BadInput(
-            f"the policy promises {wanted}; its calibration promises {has}",
-            where=policy.calibrator,
-            fix=f"gyro calibrate MODEL ... --set stages.calibration.risk={policy.promise.risk:g}",
-        )
-    return found
-
-
 def _choice_calibrator(policy: Policy, store: Store) -> Calibrate | None:
     """For decisions, where the calibration has one."""
     if policy.calibrator is None:
         return None
     try:
-        found = open_calibrated(_folder(policy.calibrator, store), "choice")
+        found = open_calibrated(artifact_folder(policy.calibrator, store), "choice")
     except BadInput:
         return None
     return lambda probability: found.of_raw(probability, "", 1)
-
-
-def _folder(name: str, store: Store) -> Path:
-    path = Path(name)
-    return path if path.is_dir() else store.open(name).path
 
 
 def _lookers(policy: Policy, store: Store, backend: Backend) -> Any:
@@ -182,4 +153,4 @@ def _classifier(store: Store, name: str) -> Callable[[str], float]:
     """Sigmoid of what a model with a scalar head says of a text."""
     from gyrocompass.serve.classifier import open_classifier
 
-    return open_classifier(_folder(name, store))
+    return open_classifier(artifact_folder(name, store))

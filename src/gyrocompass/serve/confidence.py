@@ -20,9 +20,11 @@ import numpy as np
 
 from gyrocompass.core.artifact import read_artifact
 from gyrocompass.core.errors import BadInput
+from gyrocompass.core.store import Store
 from gyrocompass.measure.calibrate import Beside, Calibrator, load_calibrator
 from gyrocompass.measure.conformal import Guarantee, load_guarantee
 from gyrocompass.serve.answer import Answered, Confidence
+from gyrocompass.serve.policy import Policy
 
 SIGNALS = ("sequence", "mean token", "least token", "entropy")
 
@@ -118,3 +120,36 @@ def _is_ours(level: str, signal: str) -> bool:
 
 def _log_loss(entry: Mapping[str, Any]) -> float:
     return float(entry["after"]["slices"]["total"]["log_loss"])
+
+
+def calibrated_for(policy: Policy, store: Store) -> Calibrated | None:
+    """The calibrator that a policy names, checked against what it promises.
+
+    Raises:
+        BadInput: there is none, or it promises less.
+    """
+    if policy.calibrator is None:
+        return None
+    found = open_calibrated(artifact_folder(policy.calibrator, store), "answer", policy.signal)
+    if policy.promise is None:
+        return found
+    made = found.guarantee
+    wanted = f"at most {policy.promise.risk:.3g} wrong with {policy.promise.confidence:.3g} confidence"
+    if made is None or made.risk > policy.promise.risk or made.confidence < policy.promise.confidence:
+        has = "nothing" if made is None else f"{made.risk:.3g} with {made.confidence:.3g} confidence"
+        raise BadInput(
+            f"the policy promises {wanted}; its calibration promises {has}",
+            where=policy.calibrator,
+            fix=f"gyro calibrate MODEL ... --set stages.calibration.risk={policy.promise.risk:g}",
+        )
+    return found
+
+
+def artifact_folder(name: str, store: Store) -> Path:
+    """The folder of an artifact that is named by its path or its id.
+
+    Raises:
+        BadInput: there is none.
+    """
+    path = Path(name)
+    return path if path.is_dir() else store.open(name).path
