@@ -10,7 +10,7 @@ from sqlalchemy import text
 from gyrocompass.core import database
 from gyrocompass.core.errors import GyroError
 from gyrocompass.core.store import Store
-from gyrocompass.core.tables_serving import Table
+from gyrocompass.core.tables_registry import Table
 
 
 def test_the_newest_revision_is_the_one_the_code_expects():

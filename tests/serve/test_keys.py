@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
+from gyrocompass.core.acts import acts, check_chain
 from gyrocompass.core.database import Database
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.tables_serving import AdminAct
-from gyrocompass.serve.audit import acts, check_chain
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.keys import Caller, Keys, create_key, list_keys, revoke_key
 from gyrocompass.serve.sessions import Sessions, secret_of

@@ -81,6 +81,9 @@ def _load(verb: str) -> Callable[[argparse.Namespace], int]:
 
 _MODULES = {
     "eval": "judge",
+    "promote": "registry",
+    "rollback": "registry",
+    "audit": "registry",
     "calibrate": "judge",
     "lm-eval": "lm_eval",
     "demo": "run",
@@ -106,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     _add_policy(verbs)
     _add_keys(verbs)
     _add_feedback(verbs)
+    _add_registry(verbs)
+    _add_promote(verbs)
     _add_verify(verbs)
     _add_data(verbs)
     _add_lineage(verbs)
@@ -294,6 +299,44 @@ def _add_feedback(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     export.add_argument("--out", type=_path, help="copy the files here too")
     export.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _store_options(export)
+
+
+def _add_registry(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "registry", "give artifacts names and versions, and see which is which")
+    actions = verb.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    add = _add(actions, "add", "a new version of a name")
+    add.add_argument("name")
+    add.add_argument("artifact", help="its id, or the unique beginning of one")
+    list_ = _add(actions, "list", "all versions with their aliases")
+    list_.add_argument("name", nargs="?")
+    list_.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    alias = _add(actions, "alias", "let an alias mean a version, such as challenger or shadow")
+    alias.add_argument("name")
+    alias.add_argument("alias")
+    alias.add_argument("version", type=_at_least(1))
+    for one in (add, list_, alias):
+        _who_option(one)
+        _store_options(one)
+    audit = _add(verbs, "audit", "check that what administrators did was not changed since")
+    _store_options(audit)
+
+
+def _add_promote(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "promote", "make a version champion, if a rule holds; keep the proof")
+    verb.add_argument("name")
+    verb.add_argument("version", type=_at_least(1))
+    verb.add_argument("--rule", type=_path, required=True, help="a YAML file: what has to hold")
+    verb.add_argument("--approve", nargs="+", default=[], metavar="NAME", help="who says yes")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    back = _add(verbs, "rollback", "make the champion before this one champion again")
+    back.add_argument("name")
+    for one in (verb, back):
+        _who_option(one)
+        _store_options(one)
+
+
+def _who_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--by", default=os.environ.get("USER", "somebody"), help="who does it (default: $USER)")
 
 
 def _add_verify(verbs: _Verbs[argparse.ArgumentParser]) -> None:

@@ -10,7 +10,7 @@ from gyrocompass.core.store import Store
 
 
 def model_folder(options: argparse.Namespace) -> Path:
-    """The folder of `options.model`: a path, or the id of a model artifact in the store.
+    """The folder of `options.model`: a path, the id of a model artifact in the store, or NAME@ALIAS.
 
     Raises:
         BadInput: it is neither.
@@ -18,6 +18,11 @@ def model_folder(options: argparse.Namespace) -> Path:
     path = Path(options.model)
     if path.is_dir():
         return path
+    if "@" in options.model and options.store.is_dir():
+        from gyrocompass.govern.registry import resolve
+
+        store = Store(options.store, options.store_url, make=False)
+        return store.open(resolve(store, options.model)).path
     if "/" in options.model or not options.store.is_dir():
         raise BadInput(
             "there is no such model folder", where=path, fix="give a folder, or an id with --store"

@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 from gyrocompass.core.tables import Table
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The newest revision in `migrations/versions/`."""
 
 _WAIT_S = 300

@@ -20,10 +20,10 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
 from sqlalchemy import insert, select, update
 
+from gyrocompass.core.acts import note
 from gyrocompass.core.database import Database
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.tables_serving import ApiKeyRow
-from gyrocompass.serve.audit import note
 from gyrocompass.serve.failures import Failure
 
 SCOPES = ("infer", "review", "admin")

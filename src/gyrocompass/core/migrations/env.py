@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from gyrocompass.core.tables_serving import Table
+from gyrocompass.core.tables_registry import Table
 
 # SQLite alters a table by copying it, hence the batch mode for later migrations.
 context.configure(
