@@ -195,7 +195,7 @@ def _difference_plot(found: Comparison) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        caption(axes, "difference in nats per token, with 95% intervals; dots: single seeds")
+        caption(axes, "nats per token, with 95% intervals; dots: seeds")
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x", color=mark("grid"), linewidth=0.8)
         axes.axvline(0, color=mark("muted"), linewidth=1)

@@ -187,7 +187,7 @@ def _sweep_plot(one: Judgement) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        caption(axes, "score against self-BLEU, a point for each setting; less self-BLEU is more diverse")
+        caption(axes, "score (up) against self-BLEU (right)")
         axes.grid(color=mark("grid"), linewidth=0.8)
         for place, task in enumerate(tasks):
             own = [row for row in rows if row["task"] == task]

@@ -71,6 +71,10 @@ def sweep(task: AnswerTask, items: Sequence[Item], generate: Generate, settings:
     asked = items[: settings.most_items]
     rewards = parse_rewards(task.metrics, None, where="metrics")
     deciding = task.correct or rewards.parts[0].reward.name
+    within = next(part.reward for part in rewards.parts if part.reward.name == deciding)
+    shares = {"distinct-1", "distinct-2", "self-BLEU"} | (
+        {"score"} if 0 <= within.low <= within.high <= 1 else set()
+    )
     found = []
     for setting in settings.settings:
         writing = Writing(
@@ -94,7 +98,7 @@ def sweep(task: AnswerTask, items: Sequence[Item], generate: Generate, settings:
         groups = [item.group for item in asked]
         figures = {}
         for name, per_item in values.items():
-            figure = Figure.of(name, "total", per_item, groups, is_share=name != "score")
+            figure = Figure.of(name, "total", per_item, groups, is_share=name in shares)
             figures[name] = {"value": figure.value, "low": figure.low, "high": figure.high}
         found.append(SweepRow(task.name, setting.label, deciding, figures, len(asked)))
     return found
