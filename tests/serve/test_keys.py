@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,31 @@ def test_a_key_opens_what_it_says_until_it_is_revoked(database: Database) -> Non
         create_key(database, "x", ["write"])
     everything = create_key(database, "root", ["admin"])
     assert keys.check(f"Bearer {everything}", "review").name == "root"
+
+
+def test_hashing_a_key_holds_nobody_up(database: Database) -> None:
+    key = create_key(database, "app", ["infer"])
+    keys = Keys(database)
+
+    async def ask() -> tuple[list[str], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.001)
+                ticks += 1
+
+        ticking = asyncio.ensure_future(tick())
+        found = [(await keys.admit(f"Bearer {key}", "infer")).name for _ in range(2)]
+        for _ in range(3):
+            with pytest.raises(Failure):
+                await keys.admit("Bearer gyro_no_no", "infer")
+        ticking.cancel()
+        return found, ticks
+
+    names, ticks = asyncio.run(ask())
+    assert names == ["app", "app"] and ticks >= 3
 
 
 def test_a_rate_is_kept(database: Database) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -73,6 +74,11 @@ class Decoding(Config):
         if any(not mark for mark in self.stop):
             raise ValueError("a stop is a text that is not empty")
         return self
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether only some texts can be written."""
+        return self.choices is not None or self.regex is not None or self.json_schema is not None
 
     def settings(self) -> dict[str, Any]:
         """What `transformers` does itself."""
@@ -144,6 +150,19 @@ class _Penalties(LogitsProcessor):  # type: ignore[misc]
         return scores - self.frequency * count_BV - self.presence * (count_BV > 0)
 
 
+_KNOWN: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
+
+
+def _known_tokens(tokenizer: Any, n_vocabulary: int) -> Any:
+    """The tokens as llguidance reads them, made once for a tokenizer."""
+    from llguidance.hf import from_tokenizer
+
+    found = _KNOWN.get(tokenizer)
+    if found is None or found[0] != n_vocabulary:
+        found = _KNOWN[tokenizer] = (n_vocabulary, from_tokenizer(tokenizer, n_vocabulary))
+    return found[1]
+
+
 class _Constrained(LogitsProcessor):  # type: ignore[misc]
     """Tokens with which a text of the grammar can still be written; where it is whole, the end."""
 
@@ -151,9 +170,8 @@ class _Constrained(LogitsProcessor):  # type: ignore[misc]
         self, grammar: str, tokenizer: Any, n_vocabulary: int, rows: int, prompt_length: int
     ) -> None:
         from llguidance import LLMatcher
-        from llguidance.hf import from_tokenizer
 
-        known = from_tokenizer(tokenizer, n_vocabulary)
+        known = _known_tokens(tokenizer, n_vocabulary)
         self.matchers = [LLMatcher(known, grammar) for _ in range(rows)]
         self.prompt_length, self.end = prompt_length, tokenizer.eos_token_id
 

@@ -43,46 +43,46 @@ def review_router(reviews: Reviews, keys: Keys | None) -> APIRouter:
     """
     router = APIRouter()
 
-    def who(request: Request, scope: str) -> str:
+    async def who(request: Request, scope: str) -> str:
         if keys is None:
             return "local"
-        caller = keys.check(request.headers.get("authorization"), scope)
+        caller = await keys.admit(request.headers.get("authorization"), scope)
         return f"{caller.name} ({caller.id})"
 
     @router.get("/v1/reviews/{review_id}")
     async def status(request: Request, review_id: str) -> Response:
-        who(request, "infer")
+        await who(request, "infer")
         return JSONResponse((await _done(reviews.status, review_id))._asdict())
 
     @router.get("/v1/reviews")
     async def listed(request: Request, state: str | None = None) -> Response:
-        who(request, "review")
+        await who(request, "review")
         items = await _done(reviews.listed, state)
         return JSONResponse({"counts": await _done(reviews.counts), "data": [_shown(item) for item in items]})
 
     @router.post("/v1/reviews/claim")
     async def claim(request: Request) -> Response:
-        item = await _done(reviews.claim, who(request, "review"))
+        item = await _done(reviews.claim, await who(request, "review"))
         return JSONResponse(None if item is None else _shown(item))
 
     @router.post("/v1/reviews/{review_id}/claim")
     async def claim_one(request: Request, review_id: str) -> Response:
-        return JSONResponse(_shown(await _done(reviews.claim_one, review_id, who(request, "review"))))
+        return JSONResponse(_shown(await _done(reviews.claim_one, review_id, await who(request, "review"))))
 
     @router.post("/v1/reviews/{review_id}/renew")
     async def renew(request: Request, review_id: str) -> Response:
-        until = await _done(reviews.renew, review_id, who(request, "review"))
+        until = await _done(reviews.renew, review_id, await who(request, "review"))
         return JSONResponse({"lease_until": until})
 
     @router.post("/v1/reviews/{review_id}/release")
     async def release(request: Request, review_id: str) -> Response:
-        await _done(reviews.release, review_id, who(request, "review"))
+        await _done(reviews.release, review_id, await who(request, "review"))
         return JSONResponse({"released": True})
 
     @router.post("/v1/reviews/{review_id}/verdict")
     async def verdict(request: Request, review_id: str) -> Response:
         body = await request.body()
-        by = who(request, "review")
+        by = await who(request, "review")
         said = Verdict(**read(VerdictRequest, body).model_dump())
         return JSONResponse((await _done(reviews.decide, review_id, by, said))._asdict())
 

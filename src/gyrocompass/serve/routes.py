@@ -152,7 +152,7 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """A conversation's next message."""
         body = await request.body()
-        caller = self._caller(request)
+        caller = await self._caller(request)
         asked_for = read(ChatRequest, body)
         given = json.loads(body)
         tools = asked_for.tools if asked_for.tools and asked_for.tool_choice != "none" else []
@@ -192,7 +192,7 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         """What follows a text, or several."""
         body = await request.body()
-        caller = self._caller(request)
+        caller = await self._caller(request)
         asked_for = read(CompletionRequest, body)
         given = json.loads(body)
         alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
@@ -249,7 +249,7 @@ class Routes:
     async def decisions(self, request: Request) -> Response:
         """Questions whose answers are known beforehand: how probable each is."""
         body = await request.body()
-        caller = self._caller(request)
+        caller = await self._caller(request)
         asked_for = read(DecisionRequest, body)
         text = asked_for.text()
         model = await self._model_name(asked_for.model)
@@ -295,7 +295,7 @@ class Routes:
     async def moderations(self, request: Request) -> Response:
         """How unsafe texts are, by the scorers of this server."""
         body = await request.body()
-        self._caller(request)
+        await self._caller(request)
         asked_for = read(ModerationRequest, body)
         if self._services.moderate is None:
             raise Failure(404, "this server has no safety scorers: name some in its policy")
@@ -312,12 +312,12 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         """What can be asked."""
-        self._caller(request)
+        await self._caller(request)
         return JSONResponse({"object": "list", "data": await self._services.backend.models()})
 
     async def model(self, request: Request, name: str) -> Response:
         """One of them."""
-        self._caller(request)
+        await self._caller(request)
         for model in await self._services.backend.models():
             if model["id"] == name:
                 return JSONResponse(model)
@@ -328,7 +328,7 @@ class Routes:
     async def tokenize(self, request: Request) -> Response:
         """Ids of a text."""
         body = await request.body()
-        self._caller(request)
+        await self._caller(request)
         asked_for = read(TokenizeRequest, body)
         ids = await self._services.backend.tokenize(asked_for.prompt, asked_for.add_special_tokens)
         return JSONResponse({"tokens": ids, "count": len(ids)})
@@ -336,14 +336,14 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
         body = await request.body()
-        self._caller(request)
+        await self._caller(request)
         return JSONResponse(
             {"prompt": await self._services.backend.detokenize(read(DetokenizeRequest, body).tokens)}
         )
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Special tokens and chat template."""
-        self._caller(request)
+        await self._caller(request)
         return JSONResponse(await self._services.backend.tokenizer_info())
 
     async def health(self) -> Response:
@@ -362,10 +362,10 @@ class Routes:
         figures = dict(self._services.backend.figures())
         return Response(self._metrics.text(figures), media_type=self._metrics.content_type)
 
-    def _caller(self, request: Request) -> Caller:
+    async def _caller(self, request: Request) -> Caller:
         if self._services.keys is None:
             return NOBODY
-        return self._services.keys.check(request.headers.get("authorization"), "infer")
+        return await self._services.keys.admit(request.headers.get("authorization"), "infer")
 
     def _asked(
         self,

@@ -564,7 +564,11 @@ async def steps(engine: EmbeddedEngine, requests: Sequence[Request]) -> AsyncIte
     cancels: list[Callable[[], None]] = []
     try:
         for number, request in enumerate(requests):
-            cancels.append(engine.submit(request, partial(_put, queue, number)))
+            sink = partial(_put, queue, number)
+            if request.decoding.is_constrained:  # a grammar is made, which takes its time
+                cancels.append(await asyncio.to_thread(engine.submit, request, sink))
+            else:
+                cancels.append(engine.submit(request, sink))
         left = len(requests)
         while left:
             number, step = await queue.get()
