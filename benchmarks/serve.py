@@ -58,7 +58,8 @@ def engine_part(folder: Path, rounds: int) -> tuple[list[list[str]], list[str]]:
     from gyrocompass.core.errors import GyroError
     from gyrocompass.data.tokenizer import load_tokenizer
     from gyrocompass.model.open import open_model
-    from gyrocompass.serve.engine.engine import EmbeddedEngine, Request
+    from gyrocompass.serve.engine.engine import EmbeddedEngine
+    from gyrocompass.serve.engine.kinds import Request
 
     model = open_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     tokenizer = load_tokenizer(folder)

@@ -26,7 +26,7 @@ from gyrocompass.serve.events import EventSettings, read_events
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.policy import Policy
 from gyrocompass.serve.review import Reviews, ReviewSettings, Verdict
-from gyrocompass.serve.routes import ServeSettings
+from gyrocompass.serve.services import ServeSettings
 from gyrocompass.serve.webhooks import Webhooks
 
 POLICY = parse(

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from gyrocompass.core.errors import BadInput
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.failures import Failure
-from gyrocompass.serve.routes import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings, Services
 from gyrocompass.serve.upstream import Upstream
 
 Serve = Callable[[Any], str]

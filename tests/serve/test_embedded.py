@@ -17,7 +17,7 @@ from gyrocompass.model.lm_eval_adapter import GyroLM
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.decisions import prompt_of
 from gyrocompass.serve.embedded import Embedded
-from gyrocompass.serve.routes import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings, Services
 from gyrocompass.serve.wire import Predicate
 
 Serve = Callable[[Any], str]

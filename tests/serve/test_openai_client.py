@@ -13,7 +13,7 @@ from parrot import Parrot, token
 from gyrocompass.serve.answer import Answered, Asked, Confidence, Judgement
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.failures import Failure
-from gyrocompass.serve.routes import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings, Services
 
 Serve = Callable[[Any], str]
 

@@ -12,7 +12,7 @@ from gyrocompass.core.errors import GyroError
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.backend import Job, Piece, Scored
 from gyrocompass.serve.probe import probe
-from gyrocompass.serve.routes import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings, Services
 
 Serve = Callable[[Any], str]
 

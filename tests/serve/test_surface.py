@@ -19,7 +19,7 @@ from schemathesis.checks import not_a_server_error
 from starlette.testclient import TestClient
 
 from gyrocompass.serve.app import make_app
-from gyrocompass.serve.routes import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings, Services
 
 Serve = Callable[[Any], str]
 SAID = {"messages": [{"role": "user", "content": "hello"}]}

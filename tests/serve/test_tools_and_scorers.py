@@ -27,8 +27,8 @@ from gyrocompass.serve.app import make_app
 from gyrocompass.serve.classifier import open_classifier
 from gyrocompass.serve.gate import Gate
 from gyrocompass.serve.policy import Policy
-from gyrocompass.serve.routes import ServeSettings, Services
 from gyrocompass.serve.scorers import look, lookers_of
+from gyrocompass.serve.services import ServeSettings, Services
 
 Serve = Callable[[Any], str]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

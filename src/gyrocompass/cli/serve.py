@@ -28,7 +28,7 @@ def serve(options: argparse.Namespace) -> int:
         from gyrocompass.serve.assembly import assemble
         from gyrocompass.serve.events import EventSettings
         from gyrocompass.serve.policy import load_policy
-        from gyrocompass.serve.routes import ServeSettings
+        from gyrocompass.serve.services import ServeSettings
         from gyrocompass.serve.sessions import secret_of
         from gyrocompass.serve.traces import write_traces
         from gyrocompass.serve.upstream import Upstream
@@ -92,7 +92,7 @@ def _embedded(options: argparse.Namespace) -> tuple[Backend, dict[str, str | Non
     import torch
 
     from gyrocompass.serve.embedded import open_embedded
-    from gyrocompass.serve.engine.engine import EngineSettings
+    from gyrocompass.serve.engine.kinds import EngineSettings
 
     folder = model_folder(options)
     settings = parse(

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 from gyrocompass import __version__
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.metrics import Metrics
-from gyrocompass.serve.routes import BODIES, Routes, ServeSettings, Services
+from gyrocompass.serve.routes import BODIES, Routes
+from gyrocompass.serve.services import ServeSettings, Services
 from gyrocompass.serve.surface import Surface
 
 

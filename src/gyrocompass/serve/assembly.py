@@ -26,8 +26,8 @@ from gyrocompass.serve.pages.routes import Ask, pages_router
 from gyrocompass.serve.policy import Mask, Policy
 from gyrocompass.serve.review import Reviews, ReviewSettings
 from gyrocompass.serve.review_routes import review_router
-from gyrocompass.serve.routes import Services
 from gyrocompass.serve.scorers import lookers_of
+from gyrocompass.serve.services import Services
 from gyrocompass.serve.sessions import Sessions, secret_of
 from gyrocompass.serve.webhooks import Webhooks
 from gyrocompass.serve.wire import Predicate

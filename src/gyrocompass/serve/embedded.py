@@ -18,16 +18,9 @@ from gyrocompass.data.document import Message
 from gyrocompass.data.encode import prompt_ids
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.backend import Job, Piece, Scored
-from gyrocompass.serve.engine.engine import (
-    Busy,
-    EmbeddedEngine,
-    EngineSettings,
-    Request,
-    ScoreRequest,
-    Told,
-    scores,
-    steps,
-)
+from gyrocompass.serve.engine.asking import scores, steps
+from gyrocompass.serve.engine.engine import EmbeddedEngine
+from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest, Told
 from gyrocompass.serve.failures import Failure
 
 

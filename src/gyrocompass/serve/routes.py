@@ -7,23 +7,23 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from gyrocompass.core.config import Config
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.serve import render
-from gyrocompass.serve.answer import Asked, EventSink, Gatekeeper, Judgement
-from gyrocompass.serve.backend import Backend, Job, Samples
-from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
+from gyrocompass.serve.answer import Asked, Judgement
+from gyrocompass.serve.backend import Job, Samples
+from gyrocompass.serve.decisions import answer_of, labels_of, prompt_of
 from gyrocompass.serve.exchange import Exchange, Outcome
 from gyrocompass.serve.failures import Failure
-from gyrocompass.serve.keys import Caller, Keys
+from gyrocompass.serve.keys import Caller
 from gyrocompass.serve.metrics import Metrics
+from gyrocompass.serve.services import ServeSettings, Services
 from gyrocompass.serve.streams import (
     ChatChunks,
     Chunks,
@@ -75,39 +75,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 NOBODY = Caller("", "", "", ())
-
-
-class ServeSettings(Config):
-    """Limits of a server."""
-
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
-    max_tokens: int = Field(default=4096, ge=1)
-    """Of one answer, whatever a request asks for."""
-    deadline_s: float | None = Field(default=None, gt=0)
-    """Of a request that names none, and the most that one may name."""
-    user_secret: str = Field(default="", repr=False)
-    """Keys the hash by which events know users; empty: one of this process's own."""
-
-
-class Services(NamedTuple):
-    """What an app is made of."""
-
-    backend: Backend
-    stronger: Backend | None = None
-    gate: Gatekeeper | None = None
-    events: EventSink | None = None
-    keys: Keys | None = None
-    """None: everybody may ask."""
-    moderate: Callable[[str], Awaitable[Mapping[str, float]]] | None = None
-    """Safety scores of a text, by name, 0 to 1."""
-    calibrate_choice: Calibrate | None = None
-    lineage: Mapping[str, str | None] = {}
-    """Ids of what answers: model, dataset, recipe."""
-    routers: Sequence[APIRouter] = ()
-    """More routes: review, pages."""
-    on_close: Sequence[Callable[[], Awaitable[None]]] = ()
-    background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
-    """What runs as long as the server does."""
 
 
 class Routes:

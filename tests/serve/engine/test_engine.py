@@ -19,15 +19,8 @@ from hypothesis import strategies as st
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.generate import generate
-from gyrocompass.serve.engine.engine import (
-    Busy,
-    EmbeddedEngine,
-    EngineSettings,
-    Request,
-    ScoreRequest,
-    Step,
-    Told,
-)
+from gyrocompass.serve.engine.engine import EmbeddedEngine
+from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest, Step, Told
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny
 
 

@@ -19,7 +19,7 @@ from gyrocompass.serve.assembly import assemble
 from gyrocompass.serve.feedback import export
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.review import Reviews, ReviewSettings
-from gyrocompass.serve.routes import ServeSettings
+from gyrocompass.serve.services import ServeSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -22,7 +22,7 @@ from gyrocompass.serve.assembly import assemble
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.pages.charts import bars, lines
 from gyrocompass.serve.review import Reviews, ReviewSettings
-from gyrocompass.serve.routes import ServeSettings
+from gyrocompass.serve.services import ServeSettings
 
 ONCE = ReviewSettings(double_share=0.0)
 PAGES = ("/overview", "/review", "/models", "/runs", "/playground")

@@ -28,96 +28,34 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.data.tokens import TokenDataset, TokenRow
 from gyrocompass.loss.logprob import token_logprobs
-from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.head import causal_lm, context_length, find_head
 from gyrocompass.model.sampler import end_ids
 from gyrocompass.model.score import evaluating, top_tokens
 from gyrocompass.serve.engine.choose import Chooser
+from gyrocompass.serve.engine.kinds import (
+    Busy,
+    EngineSettings,
+    Request,
+    ScoreRequest,
+    Sink,
+    Step,
+    Told,
+)
 from gyrocompass.serve.engine.memory import Prefixes, Rows, Scratch
 from gyrocompass.serve.engine.text import TextStream
 
 _LOG = logging.getLogger("gyrocompass.serve")
 _SCORED_IN_A_TURN = 4096
 """Tokens; what waits beyond them comes after a step of everybody else."""
-
-
-class EngineSettings(Config):
-    """How much at once."""
-
-    most_rows: int = Field(default=32, ge=1)
-    """Sequences that decode together."""
-    most_waiting: int = Field(default=256, ge=1)
-    """Requests that wait; one more is refused."""
-    memory_tokens: int = Field(default=65536, ge=64)
-    """Positions of keys and values that decoding may take."""
-    prefix_tokens: int = Field(default=32768, ge=0)
-    """Tokens of prompts that are remembered."""
-    chunk_tokens: int = Field(default=256, ge=8)
-    """Of a prompt, read in one turn."""
-
-
-class Busy(GyroError):  # noqa: N818
-    """The queue is full."""
-
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__("the server is full", fix=f"try again in {math.ceil(retry_after_s)} s")
-        self.retry_after_s = retry_after_s
-
-
-class Request(NamedTuple):
-    """One sequence to write."""
-
-    ids: Sequence[int]
-    """Of the prompt."""
-    decoding: Decoding = Decoding()
-    logit_bias: Mapping[int, float] = {}
-    max_tokens: int | None = None
-    """None: to the end of the context."""
-    seed: int | None = None
-    """None: one of its own."""
-    alternatives: int = 0
-    stop_at: float | None = None
-    """A time (`time.time`) at which it is cut."""
-
-
-class Told(NamedTuple):
-    """What the model says of one token, untouched by any setting."""
-
-    id: int
-    logprob: float
-    entropy: float
-    alternatives: list[tuple[int, float]]
-
-
-class Step(NamedTuple):
-    """What a turn added to a sequence."""
-
-    text: str
-    tokens: list[Told]
-    finish: Literal["stop", "length", "cut"] | None
-
-
-class ScoreRequest(NamedTuple):
-    """A sequence whose tokens from `start` on are to be scored, at least the first being given."""
-
-    ids: Sequence[int]
-    start: int = 1
-    alternatives: int = 0
-
-
-Sink = Callable[[Any], None]
 
 
 class _Sequence:
@@ -550,58 +488,3 @@ def _logits(head: Any, h_BD: Tensor) -> Tensor:
     if head.softcap is not None:
         logit_BV = head.softcap * torch.tanh(logit_BV / head.softcap)
     return logit_BV
-
-
-async def steps(engine: EmbeddedEngine, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Step]]:
-    """Write several sequences; what comes of each, with its number. Leaving early cancels all.
-
-    Raises:
-        BadInput: one of them cannot be done.
-        Busy: the queue is full.
-        GyroError: the engine failed.
-    """
-    queue: asyncio.Queue[tuple[int, Step | GyroError]] = asyncio.Queue()
-    cancels: list[Callable[[], None]] = []
-    try:
-        for number, request in enumerate(requests):
-            sink = partial(_put, queue, number)
-            if request.decoding.is_constrained:  # a grammar is made, which takes its time
-                cancels.append(await asyncio.to_thread(engine.submit, request, sink))
-            else:
-                cancels.append(engine.submit(request, sink))
-        left = len(requests)
-        while left:
-            number, step = await queue.get()
-            if isinstance(step, GyroError):
-                raise step
-            left -= step.finish is not None
-            yield number, step
-    finally:
-        for cancel in cancels:
-            cancel()
-
-
-def _put(queue: asyncio.Queue[tuple[int, Step | GyroError]], number: int, what: Step | GyroError) -> None:
-    queue.put_nowait((number, what))
-
-
-async def scores(engine: EmbeddedEngine, requests: list[ScoreRequest]) -> list[list[Told]]:
-    """Score sequences.
-
-    Raises:
-        BadInput: one cannot be scored.
-        Busy: the queue is full.
-        GyroError: the engine failed.
-    """
-    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def take(what: Any) -> None:
-        if not answer.done():
-            answer.set_result(what)
-
-    engine.score(requests, take)
-    found = await answer
-    if isinstance(found, GyroError):
-        raise found
-    told: list[list[Told]] = found
-    return told
