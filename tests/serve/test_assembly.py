@@ -89,7 +89,8 @@ def test_from_a_question_to_a_record(client: TestClient, key: dict[str, str], st
     verdict = {"id": "v-1", "kind": "edit", "text": "A rhyme."}
     refused = client.post(f"/v1/reviews/{name}/verdict", json=verdict, headers=key)
     assert refused.status_code == 409 and "claim" in refused.json()["error"]["message"]
-    assert client.post("/v1/reviews/claim", headers=key).json()["id"] == name
+    claimed = client.post("/v1/reviews/claim", headers=key).json()
+    assert claimed["id"] == name and all(len(others) == 2 for _, _, others in claimed["tokens"])
     assert client.post(f"/v1/reviews/{name}/renew", headers=key).json()["lease_until"] > 0
     assert client.post(f"/v1/reviews/{name}/release", headers=key).status_code == 200
     assert client.post(f"/v1/reviews/{name}/claim", headers=key).json()["claimed_by"].startswith("ann")

@@ -46,6 +46,8 @@ from gyrocompass.serve.wire import (
 )
 
 _GREEDY = Decoding()
+_FOR_REVIEW = 5
+"""Likeliest tokens that are kept with an answer behind a gate."""
 
 BODIES = (
     ChatRequest, CompletionRequest, DecisionRequest, ModerationRequest, TokenizeRequest, DetokenizeRequest,
@@ -372,7 +374,8 @@ class Routes:
             max_tokens=asked.max_tokens,
             samples=getattr(body, "n", None) or 1,
             seed=getattr(body, "seed", None),
-            alternatives=alternatives,
+            # Reviewers see what else might have been written, whatever the client asked for.
+            alternatives=max(alternatives, _FOR_REVIEW if self._services.gate is not None else 0),
             deadline_s=asked.deadline_s,
             received_at=asked.received_at,
             model=body.model,
