@@ -52,7 +52,8 @@ class Parrot:
                     last = place + 1 == len(text)
                     whole = len(text) == len(heard(job.prompt))
                     finish = ("stop" if whole else "length") if last else None
-                    yield Piece(sample, letter, [token(letter)], finish, len(heard(job.prompt)))  # type: ignore[arg-type]
+                    told = token(letter)._replace(alternatives=token(letter).alternatives[: job.alternatives])
+                    yield Piece(sample, letter, [told], finish, len(heard(job.prompt)))  # type: ignore[arg-type]
             done = True
         finally:
             self.left += not done
