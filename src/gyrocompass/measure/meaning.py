@@ -26,8 +26,9 @@ _WORDS = re.compile(r"\w+")
 def agreements(texts: Sequence[str], bound: float) -> dict[str, float]:
     """The two confidences of at least two samples, by name.
 
-    >>> agreements(["It is four.", "it is four", "Five"], 1.0)
-    {'agreement': 0.5, 'semantic entropy': 0.4206198357143052}
+    >>> found = agreements(["It is four.", "it is four", "Five"], 1.0)
+    >>> {name: round(value, 4) for name, value in found.items()}
+    {'agreement': 0.5, 'semantic entropy': 0.4206}
     """
     labels = clusters(texts, bound)
     counts = Counter(labels)
