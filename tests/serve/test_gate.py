@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Queue:
 
     def __init__(self, fails: bool = False) -> None:
         self.items: list[tuple[Asked, Answered, tuple[str, ...], float, bool]] = []
+        self.candidates: list[list[str]] = []
         self.fails = fails
 
     async def put(
@@ -45,9 +46,11 @@ class Queue:
         inclusion: float,
         *,
         urgent: bool = True,
+        candidates: Sequence[str] = (),
     ) -> str:
         if self.fails:
             raise OSError("the disk is full")
+        self.candidates.append(list(candidates))
         self.items.append((asked, answered, tuple(reasons), inclusion, urgent))
         return f"review-{len(self.items)}"
 
@@ -90,6 +93,21 @@ def test_the_first_rule_that_holds_decides() -> None:
     assert after(one, answered("a b c d e f", -0.01)).outcome == "block"
     assert after(one, answered("x", -0.01), asked(slice="poems")).outcome == "abstain"
     assert after(one).policy == one.policy.id
+
+
+def test_people_see_the_other_samples_masked_and_each_once() -> None:
+    queue = Queue()
+    rules = [{"when": {"confidence_below": 0.5}, "then": "review"}]
+    one = gate(rules, queue=queue, mask={"personal": True})
+    address = "write to jane.miller@mailbox.org today"
+    texts = ["five", "four", "five", "", address, "six"]
+    asyncio.run(one.after(asked(), answered("five", -2.0), texts))
+    (candidates,) = queue.candidates
+    assert candidates[::2] == ["four", "six"] and len(candidates) == 3
+    assert "jane" not in candidates[1] and candidates[1] == masked_text(address, one.policy.mask)
+    audited = gate(queue=queue, audit_share=1.0)
+    asyncio.run(audited.after(asked(), answered("four", -0.01), texts))
+    assert queue.candidates[1] == ["five", address, "six"]
 
 
 def test_what_is_about_the_question_alone_asks_no_model() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import openai
@@ -177,13 +177,25 @@ def test_a_client_that_is_told_to_wait_comes_again(served: Serve) -> None:
 class Strict:
     """Blocks questions with "bad", escalates those with "hard", is sure of the rest."""
 
+    def __init__(self) -> None:
+        self.others: list[Sequence[str]] = []
+
     async def before(self, asked: Asked) -> Judgement | None:
         return Judgement("block", ("unsafe",), "No.") if "bad" in asked.prompt else None
 
-    async def after(self, asked: Asked, answered: Answered) -> Judgement:
+    async def after(self, asked: Asked, answered: Answered, others: Sequence[str] = ()) -> Judgement:
+        self.others.append(others)
         if "hard" in asked.prompt and answered.engine == "parrot":
             return Judgement("escalate", ("hard",))
         return Judgement("answer", ("sure",), confidence=Confidence(0.9, 0.8, 0.95, "calibrator-1"))
+
+
+def test_the_gate_sees_every_sample_of_a_question(served: Serve) -> None:
+    gate = Strict()
+    client = client_of(served, Services(Parrot(), gate=gate))
+    said: Any = [{"role": "user", "content": "fine"}]
+    client.chat.completions.create(model="parrot", messages=said, n=3)
+    assert gate.others == [["fine"] * 3] * 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

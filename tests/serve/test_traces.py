@@ -19,7 +19,7 @@ from gyrocompass.serve.traces import write_traces
 
 class Gate:
     async def before(self, asked): return None
-    async def after(self, asked, answered):
+    async def after(self, asked, answered, others=()):
         return Judgement("answer", confidence=Confidence(0.9, None, None, "c"))
 
 

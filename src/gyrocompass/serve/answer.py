@@ -117,8 +117,8 @@ class Gatekeeper(Protocol):
     async def before(self, asked: Asked) -> Judgement | None:
         """A judgement that needs no answer (a block, an abstention); None: go on."""
 
-    async def after(self, asked: Asked, answered: Answered) -> Judgement:
-        """What becomes of this answer."""
+    async def after(self, asked: Asked, answered: Answered, others: Sequence[str] = ()) -> Judgement:
+        """What becomes of this answer; `others` were written to the same question, and people see them."""
 
 
 class EventSink(Protocol):

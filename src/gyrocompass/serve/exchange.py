@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gyrocompass.serve.answer import Answered, Asked, EventSink, Gatekeeper, Judgement
@@ -83,20 +83,22 @@ class Exchange:
             return [Outcome(nothing, judgement, {}, {})] * job.samples
         samples = await _gathered(self.backend, job)
         found = []
+        texts = [answered.text for answered in samples.answered()]
         for answered, extra in zip(samples.answered(), samples.extra, strict=True):
             outcome = Outcome(answered, None, extra, samples.reply)
-            found.append(outcome if self._gate is None else await self._judged(asked, job, outcome))
+            found.append(outcome if self._gate is None else await self._judged(asked, job, outcome, texts))
         return found
 
-    async def _judged(self, asked: Asked, job: Job, outcome: Outcome) -> Outcome:
+    async def _judged(self, asked: Asked, job: Job, outcome: Outcome, texts: Sequence[str]) -> Outcome:
+        """Judge one of the `texts` that were written to this question."""
         assert self._gate is not None
-        judgement = await self._gate.after(asked, outcome.answered)
+        judgement = await self._gate.after(asked, outcome.answered, texts)
         if judgement.outcome != "escalate":
             return outcome._replace(judgement=judgement)
         if self._stronger is not None:
             samples = await _gathered(self._stronger, job._replace(samples=1))
             outcome = Outcome(samples.answered()[0], None, samples.extra[0], samples.reply)
-            second = await self._gate.after(asked, outcome.answered)
+            second = await self._gate.after(asked, outcome.answered, texts)
             judgement = second._replace(reasons=(*judgement.reasons, *second.reasons))
             if judgement.outcome != "escalate":
                 return outcome._replace(judgement=judgement)

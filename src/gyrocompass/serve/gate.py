@@ -50,6 +50,7 @@ class ReviewQueue(Protocol):
         inclusion: float,
         *,
         urgent: bool = True,
+        candidates: Sequence[str] = (),
     ) -> str:
         """Store an item durably; its id."""
 
@@ -109,10 +110,10 @@ class Gate:
         except Exception as error:
             return self._broken(error)
 
-    async def after(self, asked: Asked, answered: Answered) -> Judgement:
+    async def after(self, asked: Asked, answered: Answered, others: Sequence[str] = ()) -> Judgement:
         """See `Gatekeeper`."""
         try:
-            return await self._after(asked, answered)
+            return await self._after(asked, answered, others)
         except Exception as error:
             return self._broken(error)
 
@@ -135,7 +136,7 @@ class Gate:
             }
         return found
 
-    async def _after(self, asked: Asked, answered: Answered) -> Judgement:
+    async def _after(self, asked: Asked, answered: Answered, others: Sequence[str]) -> Judgement:
         inputs = self._seen.get(asked.id) or await look(self._lookers, "input", asked.prompt)
         outputs = await look(self._lookers, "output", answered.text)
         looked = Looked({**inputs.flags, **outputs.flags}, (*inputs.failures, *outputs.failures))
@@ -150,10 +151,16 @@ class Gate:
         outcome, reasons = _with_failures(
             rule.then if rule else self.policy.otherwise, _reasons(rule), looked
         )
-        return await self._judged(facts, answered._replace(text=clean), outcome, reasons, rule)
+        return await self._judged(facts, answered._replace(text=clean), outcome, reasons, rule, others)
 
     async def _judged(
-        self, facts: Facts, answered: Answered, outcome: Outcome, reasons: tuple[str, ...], rule: Rule | None
+        self,
+        facts: Facts,
+        answered: Answered,
+        outcome: Outcome,
+        reasons: tuple[str, ...],
+        rule: Rule | None,
+        others: Sequence[str] = (),
     ) -> Judgement:
         """Put it into the queue if people are to see it, and say what the user gets."""
         review_id, inclusion, audited = None, None, False
@@ -161,14 +168,22 @@ class Gate:
             outcome, reasons = "abstain", (*reasons, "there is no review queue")
         if outcome == "review" and self._reviews is not None:
             inclusion = 1.0
-            review_id = await self._reviews.put(facts.asked, answered, reasons, facts.confidence, 1.0)
+            review_id = await self._reviews.put(
+                facts.asked,
+                answered,
+                reasons,
+                facts.confidence,
+                1.0,
+                candidates=self._besides(answered, others),
+            )
         elif outcome in ("answer", "caveat") and self._reviews is not None and self.policy.audit_share > 0:
             inclusion = self.policy.audit_share
             audited = self._draw.random() < inclusion
             if audited:
                 review_id = await self._reviews.put(
-                    facts.asked, answered, ("audit",), facts.confidence, inclusion, urgent=False
-                )
+                    facts.asked, answered, ("audit",), facts.confidence, inclusion, urgent=False,
+                    candidates=self._besides(answered, others),
+                )  # fmt: skip
         return Judgement(
             outcome,
             reasons,
@@ -180,6 +195,11 @@ class Gate:
             audited,
             inclusion,
         )
+
+    def _besides(self, answered: Answered, others: Sequence[str]) -> list[str]:
+        """Other answers, each once, masked as the answer is."""
+        clean = dict.fromkeys(masked_text(other, self.policy.mask) for other in others)
+        return [other for other in clean if other and other != answered.text]
 
     def _broken(self, error: Exception) -> Judgement:
         """Nothing passes that was not looked at."""
