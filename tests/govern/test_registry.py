@@ -8,18 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from sqlalchemy import update
+from sqlalchemy import func, select, update
 
 from gyrocompass.core.acts import acts, check_chain
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import BadInput, ConfigError
+from gyrocompass.core.lineage import walk
 from gyrocompass.core.store import Store
+from gyrocompass.core.tables import ListingRow
 from gyrocompass.core.tables_serving import AdminAct
-from gyrocompass.govern.promote import PromotionRule, promote
+from gyrocompass.govern.card import learned_from, model_card
+from gyrocompass.govern.promote import PromotionRule, promote, scores_of
 from gyrocompass.govern.registry import champion, drop_alias, point, register, resolve, roll_back, versions
+from gyrocompass.measure.intervals import slice_scores
+from gyrocompass.measure.ledger import Ledger
 from gyrocompass.recipe.run import read_run
 from tiny_recipe import FinishedRun
 
@@ -195,6 +201,49 @@ def test_figures_of_its_own_evaluation_decide(
     assert [one.holds for one in found.clauses] == [False, True, True]
     assert "at least 0.5 has to be shown" in found.clauses[0].why
     assert found.clauses[1].by[0].startswith("evaluation-")
+
+
+def test_a_card_says_what_is_known_and_what_is_not(
+    run_store: tuple[Store, dict[str, str]], tmp_path: Path, gyro: Gyro
+) -> None:
+    store, ids = run_store
+    tuned = store.open(ids["fine_tuned"])
+    data = tuned.manifest.parents["data"]
+    with store.database.read() as connection:
+        kept = ListingRow.artifact_id == data, ListingRow.status == "kept"
+        documents = connection.scalar(select(func.count()).select_from(ListingRow).where(*kept))
+    card = model_card(store, tuned.id)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "transformers" and "gyrocompass" in front["tags"]
+    line = [part for part in card.split("\n") if part.startswith("| `model-")]
+    assert line[-1].startswith(f"| `{tuned.id}` | train | nll") and len(line) >= 2
+    learned = card.split("## What it learned from")[1].split("\n## ")[0]
+    counts = [int(row.split("|")[-2].replace(",", "")) for row in learned.strip().split("\n")[2:]]
+    base = store.open(tuned.manifest.parents["model"], verify=False)
+    up = walk(store, base.id).artifact
+    assert up is not None
+    assert sum(counts) == documents + sum(learned_from(store, up).documents.values())
+    scored = next(iter(scores_of(store, tuned.id).values()))
+    total = slice_scores(Ledger.load(scored.path / "ledger.parquet"))[-1]
+    assert f"| total | {total.tokens:,} | {total.documents:,} | {total.nats_per_token:.4f} (" in card
+    assert "Nobody has stated one" in card and "Nobody has looked for test items" in card
+    register(store, "tiny", tuned.id, "ann")
+    (tmp_path / "use.md").write_text("For tests | of this.\n")
+    at = ("--store", store.root)
+    code, out, _ = gyro("card", "tiny:1", "--intended-use", tmp_path / "use.md", *at)
+    assert (
+        code == 0 and "# tiny:1" in out and "For tests | of this." in out and "Nobody has stated" not in out
+    )
+    assert gyro("card", tuned.id, "--out", tmp_path / "README.md", *at)[0] == 0
+    assert (tmp_path / "README.md").read_text().endswith("\n")
+    for wrong, message in (
+        ((data,), "not a model"),
+        (("tiny@none",), "no alias 'none'"),
+        ((tuned.id, "--intended-use", tmp_path / "nowhere.md"), "cannot be read"),
+        ((tuned.id, "--out", tmp_path / "no" / "README.md"), "cannot be written"),
+    ):
+        code, _, err = gyro("card", *wrong, *at)
+        assert code == 2 and message in err
 
 
 def test_from_the_command_line(run_store: tuple[Store, dict[str, str]], tmp_path: Path, gyro: Gyro) -> None:

@@ -84,6 +84,7 @@ _MODULES = {
     "promote": "registry",
     "rollback": "registry",
     "audit": "registry",
+    "card": "registry",
     "calibrate": "judge",
     "lm-eval": "lm_eval",
     "demo": "run",
@@ -317,6 +318,11 @@ def _add_registry(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     for one in (add, list_, alias):
         _who_option(one)
         _store_options(one)
+    card = _add(verbs, "card", "a model's card: what it learned from, what was measured, what was not")
+    card.add_argument("model", help="an artifact, NAME:VERSION or NAME@ALIAS")
+    card.add_argument("--intended-use", type=_path, help="a Markdown file by those who answer for the model")
+    card.add_argument("--out", type=_path, help="write it here, say as README.md beside the weights")
+    _store_options(card)
     audit = _add(verbs, "audit", "check that what administrators did was not changed since")
     _store_options(audit)
 

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from gyrocompass.core.acts import acts, check_chain
 from gyrocompass.core.config import load_yaml, parse
+from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
+from gyrocompass.govern.card import model_card
 from gyrocompass.govern.promote import PromotionRule
 from gyrocompass.govern.promote import promote as judge
-from gyrocompass.govern.registry import point, register, roll_back, versions
+from gyrocompass.govern.registry import point, register, resolve, roll_back, versions
 
 
 def registry(options: argparse.Namespace) -> int:
@@ -84,3 +86,25 @@ def audit(options: argparse.Namespace) -> int:
         return 0
     print(f"act {broken} of {count} was changed, or one before it was taken out")
     return 1
+
+
+def card(options: argparse.Namespace) -> int:
+    """Print a model's card, or write it."""
+    use = None
+    if options.intended_use is not None:
+        try:
+            use = options.intended_use.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"the intended use cannot be read: {error}", where=options.intended_use) from error
+    store = Store(options.store, options.store_url, make=False)
+    named = "@" in options.model or ":" in options.model
+    text = model_card(store, resolve(store, options.model) if named else options.model, use)
+    if options.out is None:
+        print(text, end="")
+        return 0
+    try:
+        options.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"the card cannot be written: {error.strerror}", where=options.out) from error
+    print(options.out)
+    return 0

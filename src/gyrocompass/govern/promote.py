@@ -197,7 +197,7 @@ def _judge(
 def _likelihood(store: Store, clause: LikelihoodClause, candidate: Version, before: Version | None) -> Judged:
     if before is None:
         return True, "there is no champion to be worse than", ()
-    own, other = (_scores(store, one.artifact_id) for one in (candidate, before))
+    own, other = (scores_of(store, one.artifact_id) for one in (candidate, before))
     both = [data for data in own if data in other]
     if not both:
         return False, "the two were not scored on the same held-out data", ()
@@ -225,7 +225,7 @@ def _sums(ledger: Ledger, name: str | None) -> dict[str, tuple[float, float]]:
     }
 
 
-def _scores(store: Store, model_id: str) -> dict[tuple[str, ...], Artifact]:
+def scores_of(store: Store, model_id: str) -> dict[tuple[str, ...], Artifact]:
     """Scores and evaluations of a model with a ledger, by the held-out data."""
     found = {}
     for artifact in measured(store, model_id, ("score", "evaluation")):
@@ -250,9 +250,10 @@ def measured(store: Store, model_id: str, kinds: Sequence[str]) -> Iterator[Arti
     yield from visit(walk(store, model_id).down)
 
 
-def _evaluations(store: Store, candidate: Version) -> list[tuple[Artifact, dict[str, Any]]]:
+def evaluations_of(store: Store, model_id: str) -> list[tuple[Artifact, dict[str, Any]]]:
+    """Evaluations of a model, and what each found."""
     found = []
-    for artifact in measured(store, candidate.artifact_id, ("evaluation",)):
+    for artifact in measured(store, model_id, ("evaluation",)):
         told = json.loads((artifact.path / "evaluation.json").read_text(encoding="utf-8"))
         found.append((artifact, told))
     return found
@@ -277,7 +278,7 @@ def _calibration(
 
 
 def _figure(store: Store, clause: FigureClause, candidate: Version, before: Version | None) -> Judged:
-    for artifact, told in _evaluations(store, candidate):
+    for artifact, told in evaluations_of(store, candidate.artifact_id):
         for task in told["tasks"]:
             for line in task["figures"]:
                 if (task["name"], line["name"], line["slice"]) == (clause.task, clause.measure, clause.slice):
@@ -302,7 +303,7 @@ def _contamination(
 ) -> Judged:
     rows = [
         (artifact.id, row)
-        for artifact, told in _evaluations(store, candidate)
+        for artifact, told in evaluations_of(store, candidate.artifact_id)
         for row in told["contamination"]
     ]
     if not rows:
@@ -314,7 +315,9 @@ def _contamination(
 
 def _exposure(store: Store, clause: ExposureClause, candidate: Version, before: Version | None) -> Judged:
     rows = [
-        (artifact.id, row) for artifact, told in _evaluations(store, candidate) for row in told["canaries"]
+        (artifact.id, row)
+        for artifact, told in evaluations_of(store, candidate.artifact_id)
+        for row in told["canaries"]
     ]
     if not rows:
         return False, "no evaluation has ranked canaries", ()
