@@ -109,6 +109,28 @@ def measured(act: Callable[[Store, int], object], root: Path, times: int) -> tup
     return statistics.median(taken), max(taken)
 
 
+def mlflow_acts(path: Path) -> dict[str, list[float]]:
+    """Milliseconds of MLflow's registry for the same acts, in SQLite too; it keeps no chain."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{path}", registry_uri=f"sqlite:///{path}")
+    client.create_registered_model("m")
+    source = path.parent.as_uri()
+    acts: dict[str, Callable[[int], object]] = {
+        "MLflow: register a version": lambda n: client.create_model_version("m", source),
+        "MLflow: move an alias": lambda n: client.set_registered_model_alias("m", "shadow", str(n % 40 + 1)),
+        "MLflow: resolve an alias": lambda n: client.get_model_version_by_alias("m", "shadow"),
+    }
+    found: dict[str, list[float]] = {}
+    for name, act in acts.items():
+        found[name] = []
+        for number in range(40):
+            began = time.perf_counter()
+            act(number)
+            found[name].append((time.perf_counter() - began) * 1000)
+    return found
+
+
 def main() -> None:
     """Fill a store, measure, print."""
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -143,6 +165,8 @@ def main() -> None:
         for name, act, times in acts:
             median, worst = measured(act, root, times)
             table.add_row(name, f"{median:,.1f}", f"{worst:,.1f}", str(times))
+        for name, milliseconds in mlflow_acts(Path(folder) / "mlflow.db").items():
+            table.add_row(name, f"{statistics.median(milliseconds):,.1f}", f"{max(milliseconds):,.1f}", "40")
         size = sum(1 for _ in artifacts(options.families))
         console = Console()
         console.print(f"{options.documents:,} documents, {size:,} artifacts")
