@@ -14,7 +14,6 @@ from gyrocompass.core.acts import acts, check_chain
 from gyrocompass.core.config import load_yaml, parse
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
-from gyrocompass.govern.card import model_card
 from gyrocompass.govern.promote import PromotionRule
 from gyrocompass.govern.promote import promote as judge
 from gyrocompass.govern.registry import point, register, resolve, roll_back, versions
@@ -90,6 +89,8 @@ def audit(options: argparse.Namespace) -> int:
 
 def card(options: argparse.Namespace) -> int:
     """Print a model's card, or write it."""
+    from gyrocompass.govern.card import model_card  # reads Parquet, which no other verb here does
+
     use = None
     if options.intended_use is not None:
         try:

@@ -218,9 +218,7 @@ def _weighted(objective: Mapping[str, Any]) -> str:
 def _documents(learned: Learned) -> str:
     if not learned.documents:
         return "No document: it was made from none that this store knows."
-    rows = [
-        (*key, f"{count:,}") for key, count in sorted(learned.documents.items())
-    ]  # fmt: skip
+    rows = [(*key, f"{count:,}") for key, count in sorted(learned.documents.items())]
     shown = _table(("slice", "source", "licence", "language", "documents"), rows)
     missing = ", ".join(f"`{name}`" for name in learned.unknown)
     return shown + (f"\n\nNot known here: {missing}." if missing else "")

@@ -82,9 +82,9 @@ class Exchange:
             nothing = Answered("", (), "stop", 0, 0.0, waited_s, waited_s, "")
             return [Outcome(nothing, judgement, {}, {})] * job.samples
         samples = await _gathered(self.backend, job)
-        found = []
-        texts = [answered.text for answered in samples.answered()]
-        for answered, extra in zip(samples.answered(), samples.extra, strict=True):
+        found, written = [], samples.answered()
+        texts = [answered.text for answered in written]
+        for answered, extra in zip(written, samples.extra, strict=True):
             outcome = Outcome(answered, None, extra, samples.reply)
             found.append(outcome if self._gate is None else await self._judged(asked, job, outcome, texts))
         return found
