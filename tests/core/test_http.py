@@ -10,13 +10,13 @@ import pytest
 
 from chat_server import ChatServer, Reply
 from gyrocompass.core.errors import BadInput, GyroError
-from gyrocompass.core.http import Patience, UselessAnswer, post_json
+from gyrocompass.core.http import Patience, UselessAnswer, ask_json
 
 
 def ask(url: str, waits: list[float] | None = None, attempts: int = 4, **more: Any) -> Any:
     options: dict[str, Any] = {"read": lambda answer: answer, "who": "the oracle", "fix": "wake it"}
     options |= {"sleep": ([] if waits is None else waits).append, **more}
-    return post_json(url, {"question": 1}, Patience(attempts, 0.5, 5.0), **options)
+    return ask_json(url, {"question": 1}, Patience(attempts, 0.5, 5.0), **options)
 
 
 def test_json_goes_in_and_comes_out() -> None:

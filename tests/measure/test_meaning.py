@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gyrocompass.measure.meaning import agreements, clusters
+from gyrocompass.measure.meaning import agreements, by_words, clusters
 
 TEXTS = st.lists(
     st.sampled_from(["four", "It is four", "it is FOUR!", "five", "is it four?", ""]), min_size=2, max_size=7
@@ -13,9 +13,9 @@ TEXTS = st.lists(
 
 @given(TEXTS, st.floats(0.1, 1.0))
 def test_confidences_are_shares_and_one_only_where_all_agree(texts: list[str], bound: float) -> None:
-    found = agreements(texts, bound)
+    found = agreements(texts, by_words(bound))
     assert all(0 <= value <= 1 for value in found.values())
-    labels = clusters(texts, bound)
+    labels = clusters(texts, by_words(bound))
     assert (found["semantic entropy"] == pytest.approx(1)) == (len(set(labels)) == 1)
     assert (found["agreement"] == 1) == (len(set(labels)) == 1)
     if len(set(labels)) == len(texts):
@@ -24,9 +24,9 @@ def test_confidences_are_shares_and_one_only_where_all_agree(texts: list[str], b
 
 @given(TEXTS)
 def test_a_higher_bound_never_joins(texts: list[str]) -> None:
-    assert len(set(clusters(texts, 1.0))) >= len(set(clusters(texts, 0.1)))
+    assert len(set(clusters(texts, by_words(1.0)))) >= len(set(clusters(texts, by_words(0.1))))
 
 
 def test_words_decide_in_any_order_and_case() -> None:
-    assert clusters(["It is four.", "is it FOUR", "it is five", ""], 1.0) == [0, 0, 1, 2]
-    assert clusters(["it is four", "it is five"], 0.6) == [0, 0]
+    assert clusters(["It is four.", "is it FOUR", "it is five", ""], by_words(1.0)) == [0, 0, 1, 2]
+    assert clusters(["it is four", "it is five"], by_words(0.6)) == [0, 0]

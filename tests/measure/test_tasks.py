@@ -46,6 +46,19 @@ def written_as(*texts: str) -> object:
     return generate
 
 
+def says_so(*pairs: tuple[str, str]) -> object:
+    """A fake that is asked whether one text follows from another, and says yes to these alone."""
+
+    def score(asked: Iterable[tuple[str, str]], *, chat: bool = False) -> Iterator[TokenScores]:
+        for context, continuation in asked:
+            holds = any(f"One answer: {one}\nAnother answer: {other}\n" in context for one, other in pairs)
+            sure = 3.0 if holds == (continuation == " yes") else -3.0
+            one_N = np.ones(1, np.int64)
+            yield TokenScores(one_N, one_N, np.array([sure]), np.ones(1), one_N)
+
+    return score
+
+
 def task_file(folder: Path, text: str, records: Sequence[object]) -> Path:
     (folder / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     (folder / "tasks.yaml").write_text(text)
@@ -70,6 +83,21 @@ def test_choices_go_by_each_rule(tmp_path: Path) -> None:
     first = result.outcomes[0]
     assert (first.level, first.correct, first.item) == ("choice", True, "1")
     assert first.confidence == pytest.approx(1 / (1 + math.exp(-5 - (-6 + 3))))
+
+
+def test_a_model_says_which_samples_say_the_same(tmp_path: Path) -> None:
+    """Both ways, that is: what merely follows is not the same."""
+    text = (
+        "tasks: [{kind: answer, name: sums, data: data.jsonl, metrics: [exact_match], samples: 4, "
+        "temperature: 1.0, alike: model}]"
+    )
+    (task,) = read_tasks(task_file(tmp_path, text, [{"prompt": "1+1?", "answer": "two"}]))
+    judge = says_so(("two", "a pair"), ("a pair", "two"), ("two", "some"))
+    result = ask(task, read_items(task), judge, written_as("two", "a pair", "some", "two"))  # type: ignore[arg-type]
+    signals = {one.signal: one.confidence for one in result.outcomes}
+    assert signals["agreement"] == pytest.approx(2 / 3)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert signals["semantic entropy"] == pytest.approx(1 - entropy / math.log(4))
 
 
 def test_an_answer_has_metrics_and_confidences(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.served import Server as Upstream
 from gyrocompass.model.sampler import Sampled, Sampling
-from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
+from gyrocompass.model.upstream import sample_upstream
 from gyrocompass.train.answers import Prompt
 from gyrocompass.train.rollout import RolloutConfig, RolloutSource
 
@@ -52,13 +53,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(*answers: tuple[int, Any]) -> Iterator[tuple[Server, UpstreamConfig]]:
+def serving(*answers: tuple[int, Any]) -> Iterator[tuple[Server, Upstream]]:
     with Server(list(answers)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             url = f"http://127.0.0.1:{server.server_address[1]}"
-            yield server, UpstreamConfig(url=url, model="tiny", attempts=3, timeout_s=5)
+            yield server, Upstream(url=url, model="tiny", attempts=3, timeout_s=5)
         finally:
             server.shutdown()
             thread.join()
@@ -72,7 +73,7 @@ def counting(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def sampled(config: UpstreamConfig, pauses: list[float] | None = None) -> list[Sampled]:
+def sampled(config: Upstream, pauses: list[float] | None = None) -> list[Sampled]:
     waits: list[float] = [] if pauses is None else pauses
     return sample_upstream(config, [[1, 2], [3]], [7, 8], SAMPLING, sleep=waits.append)
 

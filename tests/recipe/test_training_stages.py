@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ from gyrocompass.core.lineage import walk
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.data.document import read_documents
+from gyrocompass.data.mixture import PLANNED
+from gyrocompass.measure.ledger import Ledger
 from gyrocompass.model.future_heads import attach_future_heads
 from gyrocompass.model.open import ADAPTER, open_model
 from gyrocompass.recipe.plan import Done, execute, order
@@ -127,6 +130,13 @@ def test_future_heads_are_trained_and_stay_with_the_model(store: Store) -> None:
     assert not any("future" in name for name in load_file(folder / "model.safetensors"))
     model = open_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     assert len(attach_future_heads(model, 2)) == 2
+
+
+def test_a_trained_model_says_which_mixture_was_planned(store: Store) -> None:
+    planned = json.loads((made(store, "pretrained") / PLANNED).read_text())
+    ledger = Ledger.load(made(store, "pretrained") / "ledger.parquet")
+    assert set(planned) == {name for name, _ in ledger.items("slice")} and len(planned) > 0
+    assert sum(planned.values()) == pytest.approx(1)
 
 
 def test_a_damaged_artifact_is_not_imported(store: Store, tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ class Parrot:
     async def likelihoods(self, job: Job, labels: Sequence[str]) -> tuple[list[float], int]:
         return [-float(len(labels) - place) for place in range(len(labels))], len(heard(job.prompt))
 
-    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def tokenize(self, text: str | Sequence[Mapping[str, Any]], add_special_tokens: bool) -> list[int]:
+        if not isinstance(text, str):
+            text = "".join(message["content"] for message in text)
         return [ord(letter) for letter in text]
 
     async def detokenize(self, ids: Sequence[int]) -> str:

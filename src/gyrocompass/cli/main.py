@@ -207,7 +207,7 @@ def _add_eval(verbs: _Verbs[argparse.ArgumentParser]) -> None:
         ("calibrate", "find out how far a model's confidence can be trusted, and make it better"),
     ):
         verb = _add(verbs, name, sentence)
-        verb.add_argument("model", help="a model folder, or an artifact id")
+        verb.add_argument("model", help="a model folder, an artifact id, or the URL of a server")
         verb.add_argument("--tasks", type=_path, nargs="+", default=[], help="YAML files of tasks")
         verb.add_argument(
             "--data", type=_path, nargs="+", default=[], help="files that the model was not trained on"

@@ -48,9 +48,9 @@ class _MayPass(Exception):  # noqa: N818
         self.wait_s = wait_s
 
 
-def post_json(
+def ask_json(
     url: str,
-    body: Mapping[str, Any],
+    body: Mapping[str, Any] | None,
     patience: Patience,
     *,
     read: Callable[[Any], T],
@@ -59,11 +59,11 @@ def post_json(
     api_key_env: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Send JSON and read the JSON that comes back.
+    """Send JSON and read the JSON that comes back; without a body the path is only read (GET).
 
     Args:
         url: where to.
-        body: what is sent.
+        body: what is sent; None: nothing is.
         patience: how often, and how long.
         read: takes what is needed out of the answer; raises `UselessAnswer` where it is not there.
         who: what messages call the server, such as "the engine".
@@ -76,7 +76,7 @@ def post_json(
         GyroError: it fails `attempts` times.
     """
     headers = {"Content-Type": "application/json", **_authorization(api_key_env, who)}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     for attempt in range(patience.attempts):
         try:
             return read(_answer(request, patience.timeout_s, who))

@@ -16,6 +16,7 @@ the number of either.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -121,13 +122,12 @@ def find_piece(path: Path, step: int, position: int) -> Piece | None:
         BadInput: the run has no such step.
     """
     with pq.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-        bounds = [group.column(0).statistics for group in groups]
-        last = bounds[-1].max if bounds else 0
+        n_groups = file.num_row_groups
+        last = _steps(file, n_groups - 1).max if n_groups else 0
         if not 1 <= step <= last:
             raise BadInput(f"there is no step {step}", where=path, fix=f"give one from 1 to {last}")
-        first = int(np.searchsorted([bound.max for bound in bounds], step))
-        while first < len(bounds) and bounds[first].min <= step:
+        first = bisect_left(range(n_groups), step, key=lambda group: _steps(file, group).max)
+        while first < n_groups and _steps(file, first).min <= step:
             table = file.read_row_group(first)
             columns = {name: table[name].to_numpy() for name in TRACE_SCHEMA.names}
             low, high = np.searchsorted(columns["step"], [step, step + 1])
@@ -137,6 +137,11 @@ def find_piece(path: Path, step: int, position: int) -> Piece | None:
                 return Piece(int(columns["shard"][at]), int(columns["row"][at]), token)
             first += 1
     return None
+
+
+def _steps(file: pq.ParquetFile, group: int) -> pq.Statistics:
+    """The first and the last step in a row group."""
+    return file.metadata.row_group(group).column(0).statistics
 
 
 def read_token(tokens: Path, piece: Piece) -> TracedToken:

@@ -2,8 +2,8 @@
 
     Generate = Callable[[Sequence[str], Writing], list[list[Written]]]      one list of samples per prompt
 
-`gyrocompass.model.write.writer` makes one from a model; a server's client can be another. `echo` is the fake
-that tests use.
+`gyrocompass.model.write.writer` makes one from a model, `served.served_generate` one from a server. `echo` is
+the fake that tests use.
 
 Shape legend: N tokens of one text that was written.
 """
@@ -38,9 +38,9 @@ class Written(NamedTuple):
 
     text: str
     logprob_N: NDArray[np.float64]
-    """log p of each token, nats, the one that ended it included."""
+    """log p of each token, nats, the one that ended it included where that is told."""
     entropy_N: NDArray[np.float64]
-    """Of the distribution that each was drawn from, nats."""
+    """Of the distribution that each was drawn from, nats; NaN where that is not told."""
     finished: bool
     """Whether it ended by itself or at a stop, rather than at the limit."""
 

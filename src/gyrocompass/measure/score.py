@@ -2,8 +2,8 @@
 
     Score = Callable[[Iterable[str]], Iterator[TokenScores]]
 
-`gyrocompass.model.score.scorer` makes one from a model; a server's client can be another. `uniform` is the
-fake that tests use: its numbers are known in closed form.
+`gyrocompass.model.score.scorer` makes one from a model, `served.served_score` one from a server. `uniform` is
+the fake that tests use: its numbers are known in closed form.
 
 Shape legend: N tokens of one text that are predicted.
 """
@@ -29,7 +29,7 @@ class TokenScores(NamedTuple):
     logprob_N: NDArray[np.float64]
     """log p, nats."""
     entropy_N: NDArray[np.float64]
-    """Of the distribution that predicted it, nats."""
+    """Of the distribution that predicted it, nats; NaN where that is not told."""
     rank_N: NDArray[np.int64]
     """How many tokens scored above it; 0 = top-1."""
 
@@ -76,7 +76,7 @@ def tally(score: Score, texts: Iterable[ScoredText]) -> Ledger:
             -scores.logprob_N,
             byte_N=scores.byte_N,
             top1_N=scores.rank_N == 0,
-            entropy_N=scores.entropy_N,
+            entropy_N=None if np.isnan(scores.entropy_N).any() else scores.entropy_N,
         )
     assert not kept, "a score answers once for each text"
     return ledger

@@ -20,37 +20,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from pydantic import Field, HttpUrl
-
-from gyrocompass.core.config import Config
 from gyrocompass.core.errors import BadInput
-from gyrocompass.core.http import Patience, post_json
+from gyrocompass.measure.served import Server
 from gyrocompass.model.sampler import Sampled, Sampling
 
 _TOKEN = "token_id:"
-FIRST_WAIT_S = 1.0
-
-
-class UpstreamConfig(Config):
-    """Where the server is, and how patient we are with it."""
-
-    url: HttpUrl
-    """Without /v1/completions."""
-    model: str
-    """The name that the server gives it."""
-    timeout_s: float = Field(default=120.0, gt=0)
-    attempts: int = Field(default=4, ge=1)
-    parallel_requests: int = Field(default=16, ge=1)
-    api_key_env: str | None = None
-    """The environment variable that holds the key, if the server wants one; the key itself is no config."""
 
 
 def sample_upstream(
-    config: UpstreamConfig,
+    config: Server,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     sampling: Sampling,
@@ -64,23 +45,22 @@ def sample_upstream(
         BadInput: it refuses the request, or its answer has no token ids or no log-probabilities.
     """
 
+    config = config.named()
+
     def one(asked: tuple[Sequence[int], int]) -> Sampled:
-        return post_json(
-            f"{str(config.url).rstrip('/')}/v1/completions",
+        return config.ask(
+            "/v1/completions",
             _request(config, *asked, sampling),
-            Patience(config.attempts, FIRST_WAIT_S, config.timeout_s),
-            read=partial(_read, config, sampling),
+            partial(_read, config, sampling),
             who="the engine",
             fix="start it again and run the same command: everything before this step is saved",
-            api_key_env=config.api_key_env,
             sleep=sleep,
         )
 
-    with ThreadPoolExecutor(config.parallel_requests) as pool:
-        return list(pool.map(one, zip(prompts, seeds, strict=True)))
+    return list(config.many(one, zip(prompts, seeds, strict=True)))
 
 
-def _request(config: UpstreamConfig, prompt: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
+def _request(config: Server, prompt: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
     return {
         "model": config.model,
         "prompt": list(prompt),
@@ -101,7 +81,7 @@ def _request(config: UpstreamConfig, prompt: Sequence[int], seed: int, sampling:
     }
 
 
-def _read(config: UpstreamConfig, sampling: Sampling, answer: Any) -> Sampled:
+def _read(config: Server, sampling: Sampling, answer: Any) -> Sampled:
     try:
         choice = answer["choices"][0]
         tokens, logprobs = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]

@@ -62,14 +62,17 @@ def _judgements(record: RunRecord, store: Store) -> Iterator[Judgement]:
     for stage in record.stages:
         if stage.kind == "evaluation":
             artifact = store.open(stage.artifact, verify=False)
-            yield Judgement(stage.name, stage.inputs["model"], artifact, _read(artifact, EVALUATION), [])
+            yield Judgement(stage.name, _of(stage), artifact, _read(artifact, EVALUATION), [])
         elif stage.kind == "calibration":
             of: StageRecord = stages[stage.inputs["evaluation"]]
             artifact = store.open(stage.artifact, verify=False)
             evaluation = _read(store.open(of.artifact, verify=False), EVALUATION)
-            yield Judgement(
-                stage.name, of.inputs["model"], artifact, evaluation, _read(artifact, CALIBRATION)
-            )
+            yield Judgement(stage.name, _of(of), artifact, evaluation, _read(artifact, CALIBRATION))
+
+
+def _of(stage: StageRecord) -> str:
+    """Whose evaluation it is: the model's stage; of a server the stage itself."""
+    return stage.inputs.get("model", stage.name)
 
 
 def _read(artifact: Artifact, name: str) -> Any:

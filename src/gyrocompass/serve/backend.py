@@ -102,8 +102,8 @@ class Backend(Protocol):
             Failure: as for `write`; or this backend cannot tell (404).
         """
 
-    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of a text.
+    async def tokenize(self, text: str | Sequence[Mapping[str, Any]], add_special_tokens: bool) -> list[int]:
+        """Ids of a text, or of messages as they are put before the model.
 
         Raises:
             Failure: 501 where there is no tokenizer.

@@ -99,9 +99,16 @@ class Embedded:
         told = await self._scores([ScoreRequest([*ids, *part], len(ids)) for part in parts])
         return [sum(one.logprob for one in part) for part in told], len(ids)
 
-    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """As a prompt is."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    async def tokenize(self, text: str | Sequence[Mapping[str, Any]], add_special_tokens: bool) -> list[int]:
+        """With special tokens as a prompt is, without them as it stands."""
+        if not isinstance(text, str):
+            try:
+                return self._chat_ids(text, [])
+            except GyroError as error:
+                raise _failure(error) from error
+        if add_special_tokens:
+            return prompt_ids(self._tokenizer, text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     async def detokenize(self, ids: Sequence[int]) -> str:

@@ -299,7 +299,7 @@ class Routes:
         body = await request.body()
         await self._caller(request)
         asked_for = read(TokenizeRequest, body)
-        ids = await self._services.backend.tokenize(asked_for.prompt, asked_for.add_special_tokens)
+        ids = await self._services.backend.tokenize(asked_for.text(), asked_for.add_special_tokens)
         return JSONResponse({"tokens": ids, "count": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:

@@ -142,13 +142,13 @@ class Upstream:
         counted = int((answer.get("usage") or {}).get("prompt_tokens") or 0)
         return [math.log(mass[label]) if mass[label] > 0 else least for label in labels], counted
 
-    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def tokenize(self, text: str | Sequence[Mapping[str, Any]], add_special_tokens: bool) -> list[int]:
         """By its own tokenizer."""
-        body = {
-            "prompt": text,
-            "add_special_tokens": add_special_tokens,
-            **({"model": self._model} if self._model else {}),
-        }
+        body: dict[str, Any] = {"model": self._model} if self._model else {}
+        if isinstance(text, str):
+            body |= {"prompt": text, "add_special_tokens": add_special_tokens}
+        else:
+            body |= {"messages": list(text), "add_generation_prompt": True}
         answer = await self._json("POST", "/tokenize", body)
         return [int(token) for token in answer.get("tokens", [])]
 

@@ -362,10 +362,25 @@ class ModerationRequest(_Request):
 
 
 class TokenizeRequest(BaseModel):
-    """POST /tokenize."""
+    """POST /tokenize: a text, or messages as a chat puts them before the model."""
 
-    prompt: StrictStr
+    prompt: StrictStr | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
     add_special_tokens: bool = True
+    add_generation_prompt: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, and not both")
+        return self
+
+    def text(self) -> str | list[dict[str, Any]]:
+        """What is to be tokenised."""
+        if self.messages is not None:
+            return [message.plain() for message in self.messages]
+        assert self.prompt is not None, "checked when it was read"
+        return self.prompt
 
 
 class DetokenizeRequest(BaseModel):

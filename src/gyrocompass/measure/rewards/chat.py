@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, HttpUrl, PositiveFloat
 
 from gyrocompass.core.config import Config
-from gyrocompass.core.http import Patience, UselessAnswer, post_json, shown
+from gyrocompass.core.http import Patience, UselessAnswer, ask_json, shown
 
 Message = dict[str, str]
 """role and content."""
@@ -42,7 +42,7 @@ def chat(config: ChatConfig, messages: Sequence[Message], sleep: Callable[[float
     """
     body: dict[str, Any] = {"model": config.model, "messages": [*messages]}
     body |= {"temperature": config.temperature, "max_tokens": config.max_tokens}
-    return post_json(
+    return ask_json(
         f"{str(config.url).rstrip('/')}/chat/completions",
         body,
         Patience(config.retries + 1, config.first_wait_s, config.timeout_s),

@@ -13,7 +13,7 @@ right. Of a choice it is the probability among the choices (softmax of the sums)
 
     sequence     exp(sum log p)              mean token   exp(mean log p)
     least token  exp(min log p)              entropy      exp(-mean entropy)
-    agreement    the share of the other samples that say the same (normalised words), where there are several
+    agreement    the share of the other samples that say the same (`meaning`), where there are several
     p(true)      what the model gives to "yes" when it is asked whether its answer is right
 
 pass@k is the unbiased 1 - C(n - c, k) / C(n, k) (Chen et al. 2021).
@@ -24,7 +24,8 @@ Shape legend: C choices of an item.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import permutations
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from gyrocompass.measure.alignment import Figure
 from gyrocompass.measure.generate import Generate, Writing, Written
-from gyrocompass.measure.meaning import agreements
+from gyrocompass.measure.meaning import Alike, agreements, by_words
 from gyrocompass.measure.reward import Sample
 from gyrocompass.measure.rewards.entries import parse_rewards
 from gyrocompass.measure.rewards.registry import Tools
@@ -51,6 +52,10 @@ class ScoreContinuations(Protocol):
 
 
 RULES = ("accuracy", "accuracy by bytes", "accuracy by tokens", "accuracy against none")
+FOLLOWS = (
+    "{prompt}\nOne answer: {one}\nAnother answer: {other}\n"
+    "Does the other answer follow from the one? Answer yes or no.\nAnswer:"
+)
 ASKED_BACK = "{prompt}{answer}\nIs this answer right? Answer yes or no.\nAnswer:"
 
 
@@ -197,22 +202,21 @@ def _outcomes(
             "sequence": math.exp(float(logprob_N.sum())),
             "mean token": math.exp(float(logprob_N.mean())),
             "least token": math.exp(float(logprob_N.min())),
-            "entropy": math.exp(-float(first.entropy_N.mean())) if len(first.entropy_N) else 1.0,
         }
-        if len(ones) > 1:
-            found |= agreements([one.text for one in ones], task.alike)
+        if not np.isnan(first.entropy_N).any():  # a server may not tell it
+            found["entropy"] = math.exp(-float(first.entropy_N.mean())) if len(first.entropy_N) else 1.0
         signals.append(found)
+    if task.samples > 1:
+        for found, told in zip(signals, _agreements(task, items, written, score), strict=True):
+            found |= told
     if score is not None:
         asked = [
             (ASKED_BACK.format(prompt=item.prompt, answer=ones[0].text), choice)
             for item, ones in zip(items, written, strict=True)
             for choice in (" yes", " no")
         ]
-        sums = np.array([float(scores.logprob_N.sum()) for scores in score(asked, chat=task.chat)]).reshape(
-            -1, 2
-        )
-        for found, (yes, no) in zip(signals, sums.tolist(), strict=True):
-            found["p(true)"] = 1 / (1 + math.exp(min(no - yes, 700.0)))
+        for found, yes in zip(signals, _yes(asked, score, task.chat), strict=True):
+            found["p(true)"] = yes
     return [
         Outcome(
             task.name, item.id, item.slice, item.group, "answer", signal,
@@ -221,6 +225,48 @@ def _outcomes(
         for item, ones, good, found in zip(items, written, passed, signals, strict=True)
         for signal, confidence in found.items()
     ]  # fmt: skip
+
+
+def _yes(asked: Sequence[tuple[str, str]], score: ScoreContinuations, chat: bool) -> list[float]:
+    """P(yes) against no, for questions that stand twice: with " yes", and with " no"."""
+    sums = np.array([float(scores.logprob_N.sum()) for scores in score(asked, chat=chat)]).reshape(-1, 2)
+    return [1 / (1 + math.exp(min(no - yes, 700.0))) for yes, no in sums.tolist()]
+
+
+def _agreements(
+    task: AnswerTask,
+    items: Sequence[Item],
+    written: Sequence[Sequence[Written]],
+    score: ScoreContinuations | None,
+) -> list[dict[str, float]]:
+    """Of each item's samples, by the judge that the task names; without `score` a model is none."""
+    texts = [[one.text for one in ones] for ones in written]
+    if task.alike != "model":
+        return [agreements(own, by_words(task.alike)) for own in texts]
+    if score is None:
+        return [{} for _ in items]
+    pairs = [
+        (item, one, other)
+        for item, own in zip(items, texts, strict=True)
+        for one, other in permutations(dict.fromkeys(own), 2)
+    ]
+    asked = [
+        (FOLLOWS.format(prompt=item.prompt, one=one, other=other), choice)
+        for item, one, other in pairs
+        for choice in (" yes", " no")
+    ]
+    follows = {
+        (item.id, one, other): yes > 0.5
+        for (item, one, other), yes in zip(pairs, _yes(asked, score, task.chat), strict=True)
+    }
+    return [agreements(own, _both_ways(item.id, follows)) for item, own in zip(items, texts, strict=True)]
+
+
+def _both_ways(item: str, follows: Mapping[tuple[str, str, str], bool]) -> Alike:
+    def alike(one: str, other: str) -> bool:
+        return one == other or (follows[item, one, other] and follows[item, other, one])
+
+    return alike
 
 
 def pass_at(samples: int, right: int, k: int) -> float:

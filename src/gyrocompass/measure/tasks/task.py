@@ -97,8 +97,9 @@ class AnswerTask(TaskBase):
     stop: tuple[str, ...] = ()
     samples: int = Field(default=1, ge=1)
     temperature: float = Field(default=0.0, ge=0)
-    alike: float = Field(default=0.8, gt=0, le=1)
-    """Samples say the same if they share so much of their words (F1): for confidences that compare them."""
+    alike: Annotated[float, Field(gt=0, le=1)] | Literal["model"] = 0.8
+    """When samples say the same, for confidences that compare them: if they share so much of their words
+    (F1), or if the model, asked, takes each to follow from the other."""
     pass_at: tuple[int, ...] = ()
     """k of pass@k, at most `samples`."""
     seed: int = 0

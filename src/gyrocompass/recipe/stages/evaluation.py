@@ -1,6 +1,11 @@
 """Judging a model: what it scores on held-out texts and on tasks.
 
     model, tasks, held-out tokens and answers --evaluation--> evaluation.json, outcomes.parquet, ledger
+    server, tasks, texts and answers -------------^
+
+A server is asked instead of a model where `server` says so: by the same tasks and measures, over HTTP. What
+it was trained on is not known here, so nothing is checked against it; and since nobody can tell whether it
+still serves what it did, an evaluation is found again only under the same `asked_at`.
 
 An outcome is an answer with a confidence, right or wrong, at one of three levels: a token (the model's first
 choice, its probability), a choice among given answers, an answer that it wrote. Calibration
@@ -15,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,20 +35,23 @@ from gyrocompass.data.document import Document, read_documents
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.data.tokens import TokenDataset
 from gyrocompass.data.windows import windowed
+from gyrocompass.measure.generate import Generate
 from gyrocompass.measure.intervals import slice_scores
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.memorisation import exposures, read_canaries, verbatim
-from gyrocompass.measure.tasks.run import Outcome, TaskResult, ask
+from gyrocompass.measure.score import Score, ScoredText, tally
+from gyrocompass.measure.served import Server, served_continuations, served_generate, served_score
+from gyrocompass.measure.tasks.run import Outcome, ScoreContinuations, TaskResult, ask
 from gyrocompass.measure.tasks.sweep import Sweep, sweep
 from gyrocompass.measure.tasks.task import AnswerTask, ChoiceTask, Item, Task, read_items, read_tasks
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.head import context_length
 from gyrocompass.model.open import open_model
-from gyrocompass.model.score import add_scored, evaluating, top_tokens
+from gyrocompass.model.score import add_scored, evaluating, scorer, top_tokens
 from gyrocompass.model.write import continuation_scorer, writer
 from gyrocompass.recipe.stage import (
-    ModelName,
     OptionalDocumentsName,
+    OptionalModelName,
     OptionalTokensName,
     Reference,
     Stage,
@@ -61,15 +69,21 @@ EvaluationName = Annotated[str, Reference(("evaluation",))]
 
 
 class EvaluationStage(Stage):
-    """What a model scores; at least one of `tasks`, `held_out` and `answers` is given."""
+    """What a model or a server scores on at least one of `tasks`, `held_out`, `texts` and `answers`."""
 
     kind: Literal["evaluation"] = "evaluation"
     makes: ClassVar[str] = "evaluation"
-    model: ModelName
+    model: OptionalModelName = None
+    server: Server | None = None
+    """Asked instead of a model."""
+    asked_at: str = ""
+    """When a server was asked: a later time is another evaluation."""
     tasks: tuple[Path, ...] = ()
     """Files of tasks (docs/evaluation.md)."""
     held_out: OptionalTokensName = None
     """Tokens that the model was not trained on: nats per token, and its first choices as outcomes."""
+    texts: OptionalDocumentsName = None
+    """The same of a server: documents, since it tokenises them itself."""
     answers: OptionalDocumentsName = None
     """Conversations that it was not trained on: which of several answers belongs to a question?"""
     trained: OptionalDocumentsName = None
@@ -103,24 +117,17 @@ class EvaluationStage(Stage):
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """See the module."""
-        if not (self.tasks or self.held_out or self.answers):
-            raise BadInput(
-                "there is nothing to evaluate on",
-                where=f"stages.{workplace.name}",
-                fix="give tasks, held_out or answers",
-            )
+        where = f"stages.{workplace.name}"
+        self._check(where)
         asked = [(task, read_items(task)) for path in self.tasks for task in read_tasks(path)]
-        folder, where = workplace.input("model"), f"stages.{workplace.name}"
+        artifact = workplace.inputs.get("model")
         if self.answers is not None:
             documents = list(read_documents(workplace.input("answers")))
-            check_not_trained_on(workplace.store, workplace.inputs["model"], documents, f"{where}.answers")
+            if artifact is not None:
+                check_not_trained_on(workplace.store, artifact, documents, f"{where}.answers")
             asked += _which_answer(documents, self.choices, self.most_items)
-        device = workplace.world.device
-        model = open_model(folder, dtype=PRECISIONS[self.precision], device=device)
-        tokenizer = load_tokenizer(folder)
-        length = min(self.sequence_length, context_length(model))
-        score = continuation_scorer(model, tokenizer, length=length, rows=self.rows_per_batch)
-        write = writer(model, tokenizer, rows=self.rows_per_batch)
+        judged = self._opened(workplace)
+        score, write = judged.score_continuations, judged.write
         results = []
         for task, items in asked:
             progress = workplace.progress.task(f"{workplace.name}: {task.name}", len(items))
@@ -135,7 +142,7 @@ class EvaluationStage(Stage):
         ]
         found: dict[str, Any] = {
             "tasks": [_told(result) for result in results],
-            "contamination": contamination(workplace.store, workplace.inputs["model"], own),
+            "contamination": contamination(workplace.store, artifact, own) if artifact is not None else [],
             "likelihood": [],
             "recited": [],
             "canaries": [],
@@ -147,12 +154,18 @@ class EvaluationStage(Stage):
             ],
         }
         if self.held_out is not None:
+            assert judged.model is not None, "checked above"
+            model, length = judged.model, judged.length
             data = TokenDataset.open(workplace.input("held_out"))
             check_fit(model, data, length, where)
             if self.stride is not None:
                 data = windowed(data, length, self.stride)
             ledger = Ledger()
             outcomes += self._token_outcomes(model, data, length, ledger)
+            ledger.save(draft.path / "ledger.parquet")
+            found["likelihood"] = [row._asdict() for row in slice_scores(ledger)]
+        if self.texts is not None:
+            ledger = tally(judged.score, map(_scored_text, read_documents(workplace.input("texts"))))
             ledger.save(draft.path / "ledger.parquet")
             found["likelihood"] = [row._asdict() for row in slice_scores(ledger)]
         if self.trained is not None:
@@ -164,11 +177,49 @@ class EvaluationStage(Stage):
         if self.canaries is not None:
             found["canaries"] = [
                 {"canary": canary.canary} | one._asdict() | {"most": one.most}
-                for canary, one in exposures(score, read_canaries(self.canaries), self.canary_candidates)
+                for canary, one in exposures(
+                    judged.score_continuations, read_canaries(self.canaries), self.canary_candidates
+                )
             ]
         _write_outcomes(outcomes, draft.path / OUTCOMES)
         (draft.path / EVALUATION).write_text(json.dumps(found, indent=1), encoding="utf-8")
         draft.counts |= {"tasks": len(results), "outcomes": len(outcomes)}
+
+    def _check(self, where: str) -> None:
+        if (self.model is None) == (self.server is None):
+            raise BadInput("an evaluation is of a model or of a server, one of the two", where=where)
+        if self.server is not None and (self.held_out is not None or self.stride is not None):
+            raise BadInput(
+                "a server tokenises texts itself",
+                where=f"{where}.held_out",
+                fix="give `texts: DOCUMENTS` instead",
+            )
+        if self.model is not None and self.texts is not None:
+            raise BadInput(
+                "texts are for a server", where=f"{where}.texts", fix="give `held_out: TOKENS` instead"
+            )
+        if not (self.tasks or self.held_out or self.texts or self.answers):
+            raise BadInput(
+                "there is nothing to evaluate on", where=where, fix="give tasks, held_out, texts or answers"
+            )
+
+    def _opened(self, workplace: Workplace) -> _Judged:
+        if self.server is not None:
+            server = self.server.named()
+            return _Judged(
+                None, 0, served_score(server), served_continuations(server), served_generate(server)
+            )
+        folder, rows = workplace.input("model"), self.rows_per_batch
+        model = open_model(folder, dtype=PRECISIONS[self.precision], device=workplace.world.device)
+        tokenizer = load_tokenizer(folder)
+        length = min(self.sequence_length, context_length(model))
+        return _Judged(
+            model,
+            length,
+            scorer(model, tokenizer, length=length, rows=rows),
+            continuation_scorer(model, tokenizer, length=length, rows=rows),
+            writer(model, tokenizer, rows=rows),
+        )
 
     def _token_outcomes(
         self, model: torch.nn.Module, data: TokenDataset, length: int, ledger: Ledger
@@ -192,6 +243,21 @@ class EvaluationStage(Stage):
                         length=1,
                         position=int(part.index_K[place] - data.offset_D[document]),
                     )
+
+
+class _Judged(NamedTuple):
+    """What is judged, as measures receive it."""
+
+    model: torch.nn.Module | None
+    """None: a server."""
+    length: int
+    score: Score
+    score_continuations: ScoreContinuations
+    write: Generate
+
+
+def _scored_text(document: Document) -> ScoredText:
+    return ScoredText(document.id, document.slice, document.source, document.text, document.split_key)
 
 
 def check_not_trained_on(store: Store, model: Artifact, documents: Sequence[Document], where: str) -> None:

@@ -19,10 +19,11 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.data.document import Document, read_documents
 from gyrocompass.data.encode import prompt_ids
 from gyrocompass.measure.reward import WeightedSum
+from gyrocompass.measure.served import Server
 from gyrocompass.model.columns import score_tokens, score_values
 from gyrocompass.model.sampler import Sampled, Sampling, end_ids, sample
 from gyrocompass.model.scalar_head import has_scalar_head
-from gyrocompass.model.upstream import UpstreamConfig, sample_upstream
+from gyrocompass.model.upstream import sample_upstream
 from gyrocompass.train.answers import Annotate, Prompt
 from gyrocompass.train.distributed import World
 from gyrocompass.train.rollout import Generate, RolloutConfig, RolloutSource
@@ -79,9 +80,7 @@ def _asked(document: Document) -> tuple[Any, str, str] | None:
             return None
 
 
-def engine(
-    model: nn.Module, tokenizer: Any, config: RolloutConfig, upstream: UpstreamConfig | None
-) -> Generate:
+def engine(model: nn.Module, tokenizer: Any, config: RolloutConfig, upstream: Server | None) -> Generate:
     """The model itself, or a server that is given its weights beside this run."""
     sampling = Sampling(config.max_new_tokens, end_ids(model, tokenizer))
 
@@ -110,7 +109,7 @@ def rollout_source(
     rows: int,
     *,
     reference: Annotate | None,
-    upstream: UpstreamConfig | None,
+    upstream: Server | None,
     world: World,
 ) -> RolloutSource:
     """A stage's source of windows."""

@@ -35,6 +35,7 @@ from gyrocompass.loss.objective import Kind, parse_objectives
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.measure.reward_calibration import save_calibration
 from gyrocompass.measure.rewards.entries import parse_rewards
+from gyrocompass.measure.served import Server
 from gyrocompass.model.columns import score_rewards
 from gyrocompass.model.fit import check_context, check_fit
 from gyrocompass.model.future_heads import attach_future_heads, save_future_heads, without_future_heads
@@ -44,7 +45,6 @@ from gyrocompass.model.lora import LoraSettings, apply_lora, save_adapter
 from gyrocompass.model.open import ADAPTER, open_model
 from gyrocompass.model.scalar_head import attach_scalar_head, save_scalar_head, without_scalar_head
 from gyrocompass.model.score import score_dataset
-from gyrocompass.model.upstream import UpstreamConfig
 from gyrocompass.recipe.stage import (
     ModelName,
     OptionalDocumentsName,
@@ -110,7 +110,7 @@ class TrainStage(JudgingStage, TrainConfig):
     """Measure distances from the model itself with its LoRA switched off: what training began from."""
     held_out_pairs: OptionalTokensName = None
     """Tokens of preferences that a reward model's temperature is fitted and its accuracy measured on."""
-    engine: UpstreamConfig | None = None
+    engine: Server | None = None
     """A server that samples, ahead by `rollouts.ahead_steps` while the learner computes; its weights are
     renewed by whoever runs it. None: the model itself samples."""
     watch: WatchConfig | None = None
