@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from gyrocompass.serve.answer import Token
-from gyrocompass.serve.backend import Job, Piece, Scored
+from gyrocompass.serve.backend import Backend, Job, Piece, Scored
 from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.services import Lane, OneWay, Services
 
 
 def token(letter: str) -> Token:
@@ -87,3 +88,8 @@ class Parrot:
 
     async def close(self) -> None:
         return None
+
+
+def alone(backend: Backend, **lane: Any) -> Services:
+    """Served to everybody, without a log or keys."""
+    return Services(OneWay(Lane(backend, **lane)))

@@ -20,13 +20,13 @@ from gyrocompass.core.database import Database
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 from gyrocompass.serve.app import make_app
-from gyrocompass.serve.assembly import assemble
+from gyrocompass.serve.assembly import assemble, make_lane
 from gyrocompass.serve.dry_run import dry_run
 from gyrocompass.serve.events import EventSettings, read_events
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.policy import Policy
 from gyrocompass.serve.review import Reviews, ReviewSettings, Verdict
-from gyrocompass.serve.services import ServeSettings
+from gyrocompass.serve.services import OneWay, ServeSettings
 from gyrocompass.serve.webhooks import Webhooks
 
 POLICY = parse(
@@ -56,14 +56,9 @@ def key(store: Store) -> dict[str, str]:
 @pytest.fixture
 def client(store: Store, key: dict[str, str]) -> Iterator[TestClient]:
     once = ReviewSettings(double_share=0.0)
-    services = assemble(
-        store,
-        Parrot(),
-        policy=POLICY,
-        reviews=once,
-        events=EventSettings(texts="full"),
-        lineage={"model": "m-1"},
-    )
+    queue = Reviews(store.database, once)
+    lane = make_lane(store, Parrot(), policy=POLICY, queue=queue, lineage={"model": "m-1"})
+    services = assemble(store, OneWay(lane), reviews=once, events=EventSettings(texts="full"))
     with TestClient(make_app(services, ServeSettings())) as client:
         yield client
 
@@ -106,9 +101,9 @@ def test_from_a_question_to_a_record(client: TestClient, key: dict[str, str], st
 
 
 def test_the_log_has_it_and_a_policy_can_be_tried_on_it(store: Store, key: dict[str, str]) -> None:
-    services = assemble(
-        store, Parrot(), policy=POLICY, events=EventSettings(texts="full"), lineage={"model": "m"}
-    )
+    queue = Reviews(store.database)
+    lane = make_lane(store, Parrot(), policy=POLICY, queue=queue, lineage={"model": "m"})
+    services = assemble(store, OneWay(lane), events=EventSettings(texts="full"))
     with TestClient(make_app(services, ServeSettings())) as client:
         for text in ("bomb", "hello", "hello you"):
             ask(client, key, text, slice="greeting", user="bob")
@@ -131,7 +126,7 @@ def test_the_log_has_it_and_a_policy_can_be_tried_on_it(store: Store, key: dict[
 
 def test_other_machines_need_keys(store: Store) -> None:
     with pytest.raises(BadInput, match="needs keys, and there are none"):
-        assemble(store, Parrot(), open_to_all=False)
+        assemble(store, OneWay(make_lane(store, Parrot())), open_to_all=False)
 
 
 def test_a_promise_that_nothing_keeps_is_refused(store: Store) -> None:
@@ -146,7 +141,7 @@ def test_a_promise_that_nothing_keeps_is_refused(store: Store) -> None:
         "p",
     )
     with pytest.raises(BadInput, match="calibration-none"):
-        assemble(store, Parrot(), policy=promising)
+        make_lane(store, Parrot(), policy=promising)
 
 
 class Hook:

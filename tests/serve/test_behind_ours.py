@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from parrot import Parrot, token
+from parrot import Parrot, alone, token
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from gyrocompass.core.errors import BadInput
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.failures import Failure
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings
 from gyrocompass.serve.upstream import Upstream
 
 Serve = Callable[[Any], str]
@@ -28,8 +28,8 @@ Serve = Callable[[Any], str]
 
 @pytest.fixture
 def client(served: Serve) -> openai.OpenAI:
-    behind = served(make_app(Services(Parrot()), ServeSettings()))
-    before = served(make_app(Services(Upstream(behind)), ServeSettings()))
+    behind = served(make_app(alone(Parrot()), ServeSettings()))
+    before = served(make_app(alone(Upstream(behind)), ServeSettings()))
     return openai.OpenAI(base_url=f"{before}/v1", api_key="none", max_retries=0)
 
 
@@ -93,7 +93,7 @@ def test_unknown_fields_survive_both_ways(served: Serve) -> None:
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
         return JSONResponse({"id": "x", "choices": [choice], "usage": None, "system_fingerprint": "fp"})
 
-    url = served(make_app(Services(Upstream(served(strange(answer)))), ServeSettings()))
+    url = served(make_app(alone(Upstream(served(strange(answer)))), ServeSettings()))
     status, got = ask(
         url, {"messages": [{"role": "user", "content": "a"}], "guided_regex": "a+", "slice": "s"}
     )
@@ -116,7 +116,7 @@ def test_unknown_fields_survive_both_ways(served: Serve) -> None:
     ],
 )
 def test_what_goes_wrong_behind(served: Serve, answer: Response, status: int, message: str) -> None:
-    url = served(make_app(Services(Upstream(served(strange(lambda body: answer)))), ServeSettings()))
+    url = served(make_app(alone(Upstream(served(strange(lambda body: answer)))), ServeSettings()))
     found, got = ask(url, {"messages": [{"role": "user", "content": "a"}]})
     assert found == status and message in got["error"]["message"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from parrot import alone
 
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.generate import generate
@@ -17,7 +18,7 @@ from gyrocompass.model.lm_eval_adapter import GyroLM
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.decisions import prompt_of
 from gyrocompass.serve.embedded import Embedded
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings
 from gyrocompass.serve.wire import Predicate
 
 Serve = Callable[[Any], str]
@@ -25,7 +26,7 @@ Serve = Callable[[Any], str]
 
 @pytest.fixture
 def url(served: Serve, speaking: tuple[Any, Any]) -> Iterator[str]:
-    yield served(make_app(Services(Embedded(*speaking, "tiny")), ServeSettings()))
+    yield served(make_app(alone(Embedded(*speaking, "tiny")), ServeSettings()))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from parrot import alone
 
 from chat_server import ChatServer, Reply
 from gyrocompass.core.errors import BadInput, GyroError
@@ -22,14 +23,14 @@ from gyrocompass.model.score import scorer
 from gyrocompass.model.write import continuation_scorer, writer
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.embedded import Embedded
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings
 
 TEXTS = ["def add(first, second):\n    return first", "naïve — ünïcode", "x", "total = first + second\n" * 5]
 
 
 @pytest.fixture
 def server(served: Callable[[Any], str], speaking: tuple[Any, Any]) -> Server:
-    return Server(url=served(make_app(Services(Embedded(*speaking, "tiny")), ServeSettings())))
+    return Server(url=served(make_app(alone(Embedded(*speaking, "tiny")), ServeSettings())))
 
 
 def test_texts_are_worth_the_same(server: Server, speaking: tuple[Any, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from parrot import Parrot, token
+from parrot import Parrot, alone, token
 
 from gyrocompass.serve.answer import Answered, Asked, Confidence, Judgement
 from gyrocompass.serve.app import make_app
@@ -24,7 +24,7 @@ def client_of(served: Serve, services: Services, **more: Any) -> openai.OpenAI:
 
 
 def test_chats(served: Serve) -> None:
-    client = client_of(served, Services(Parrot(), lineage={"model": "model-1"}))
+    client = client_of(served, alone(Parrot(), lineage={"model": "model-1"}))
     answer = client.chat.completions.create(
         model="parrot", messages=[{"role": "user", "content": "héllo"}], logprobs=True, top_logprobs=2
     )
@@ -50,7 +50,7 @@ def test_chats(served: Serve) -> None:
 
 
 def test_streams(served: Serve) -> None:
-    client = client_of(served, Services(Parrot()))
+    client = client_of(served, alone(Parrot()))
     chunks = list(
         client.chat.completions.create(
             model="parrot",
@@ -73,7 +73,7 @@ def test_streams(served: Serve) -> None:
 
 
 def test_completions(served: Serve) -> None:
-    client = client_of(served, Services(Parrot()))
+    client = client_of(served, alone(Parrot()))
     prompts: list[Any] = ["ab", ["ab", "c"], [97, 98], [[97], [98, 99]]]
     texts = [["ab"], ["ab", "c"], ["ab"], ["a", "bc"]]
     for prompt, expected in zip(prompts, texts, strict=True):
@@ -95,7 +95,7 @@ def test_completions(served: Serve) -> None:
 
 
 def test_decisions(served: Serve) -> None:
-    client = client_of(served, Services(Parrot()))
+    client = client_of(served, alone(Parrot()))
     decided = client.decisions.create(
         model="parrot",
         input="It rains.",
@@ -131,7 +131,7 @@ def test_decisions(served: Serve) -> None:
     ],
 )
 def test_errors(served: Serve, failure: Failure, error: type[openai.APIStatusError]) -> None:
-    client = client_of(served, Services(Parrot(failure=failure)))
+    client = client_of(served, alone(Parrot(failure=failure)))
     for stream in (False, True):
         with pytest.raises(error) as raised:
             client.chat.completions.create(
@@ -142,7 +142,7 @@ def test_errors(served: Serve, failure: Failure, error: type[openai.APIStatusErr
 
 
 def test_mistakes_are_named(served: Serve) -> None:
-    client = client_of(served, Services(Parrot()))
+    client = client_of(served, alone(Parrot()))
     ask = client.chat.completions.create
     said: list[Any] = [{"role": "user", "content": "a"}]
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'; there is parrot"):
@@ -159,7 +159,7 @@ def test_mistakes_are_named(served: Serve) -> None:
 
 def test_a_client_that_is_told_to_wait_comes_again(served: Serve) -> None:
     parrot = Parrot(failure=Failure(429, "full", retry_after_s=1))
-    client = client_of(served, Services(parrot), max_retries=2)
+    client = client_of(served, alone(parrot), max_retries=2)
     began = time.monotonic()
 
     class Once(list):  # type: ignore[type-arg]
@@ -192,7 +192,7 @@ class Strict:
 
 def test_the_gate_sees_every_sample_of_a_question(served: Serve) -> None:
     gate = Strict()
-    client = client_of(served, Services(Parrot(), gate=gate))
+    client = client_of(served, alone(Parrot(), gate=gate))
     said: Any = [{"role": "user", "content": "fine"}]
     client.chat.completions.create(model="parrot", messages=said, n=3)
     assert gate.others == [["fine"] * 3] * 3
@@ -202,8 +202,8 @@ def test_the_gate_sees_every_sample_of_a_question(served: Serve) -> None:
 def test_the_gate_is_in_the_answer(served: Serve, stream: bool) -> None:
     stronger = Parrot()
     stronger.name = "stronger"
-    client = client_of(served, Services(Parrot(), stronger=stronger, gate=Strict()))
-    none = client_of(served, Services(Parrot(), gate=Strict()))
+    client = client_of(served, alone(Parrot(), stronger=stronger, gate=Strict()))
+    none = client_of(served, alone(Parrot(), gate=Strict()))
 
     def ask(whom: openai.OpenAI, text: str) -> tuple[str, str, Any]:
         got: Any = whom.chat.completions.create(

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from parrot import Parrot, token
+from parrot import Parrot, alone, token
 
 from gyrocompass.core.errors import GyroError
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.backend import Job, Piece, Scored
 from gyrocompass.serve.probe import probe
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings
 
 Serve = Callable[[Any], str]
 
@@ -72,7 +72,7 @@ class Confident(Fine):
 
 
 def wrong(served: Serve, parrot: Parrot) -> set[str]:
-    found = probe(served(make_app(Services(parrot), ServeSettings())))
+    found = probe(served(make_app(alone(parrot), ServeSettings())))
     return {finding.name for finding in found if finding.verdict != "right"}
 
 

@@ -14,17 +14,17 @@ from urllib.parse import urlsplit
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from parrot import Parrot
+from parrot import Parrot, alone
 from schemathesis.checks import not_a_server_error
 from starlette.testclient import TestClient
 
 from gyrocompass.serve.app import make_app
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings
 
 Serve = Callable[[Any], str]
 SAID = {"messages": [{"role": "user", "content": "hello"}]}
 
-schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(Services(Parrot()), ServeSettings()))
+schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(alone(Parrot()), ServeSettings()))
 
 
 @schema.parametrize()
@@ -37,7 +37,7 @@ def test_no_request_is_our_fault(case: Any) -> None:
 
 
 def test_a_request_has_an_id() -> None:
-    with TestClient(make_app(Services(Parrot()), ServeSettings())) as client:
+    with TestClient(make_app(alone(Parrot()), ServeSettings())) as client:
         given = client.post("/v1/chat/completions", json=SAID, headers={"x-request-id": "mine-1"})
         assert given.headers["x-request-id"] == "mine-1"
         hostile = client.post("/v1/chat/completions", json=SAID, headers={"x-request-id": "a b\t<c>"})
@@ -46,7 +46,7 @@ def test_a_request_has_an_id() -> None:
 
 
 def test_what_is_not_there_is_said_in_the_same_shape() -> None:
-    with TestClient(make_app(Services(Parrot()), ServeSettings())) as client:
+    with TestClient(make_app(alone(Parrot()), ServeSettings())) as client:
         for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
             response = client.request(method, path)
             assert response.status_code == status
@@ -55,7 +55,7 @@ def test_what_is_not_there_is_said_in_the_same_shape() -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_large_requests_are_refused(served: Serve, chunked: bool) -> None:
-    url = urlsplit(served(make_app(Services(Parrot()), ServeSettings(max_body_bytes=2000))))
+    url = urlsplit(served(make_app(alone(Parrot()), ServeSettings(max_body_bytes=2000))))
     body = json.dumps({"messages": [{"role": "user", "content": "a" * 5000}]}).encode()
     with closing(http.client.HTTPConnection(url.netloc, timeout=20)) as connection:
         parts = (body[place : place + 500] for place in range(0, len(body), 500))
@@ -71,7 +71,7 @@ def test_large_requests_are_refused(served: Serve, chunked: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_early_stops_the_work(served: Serve, stream: bool) -> None:
     parrot = Parrot(pause_s=0.02)
-    url = urlsplit(served(make_app(Services(parrot), ServeSettings())))
+    url = urlsplit(served(make_app(alone(parrot), ServeSettings())))
     body = json.dumps({"messages": [{"role": "user", "content": "a" * 1000}], "stream": stream}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((url.hostname or "", url.port or 0)) as connection:
@@ -87,7 +87,7 @@ def test_who_leaves_early_stops_the_work(served: Serve, stream: bool) -> None:
 
 
 def test_figures_count_what_happened() -> None:
-    with TestClient(make_app(Services(Parrot()), ServeSettings())) as client:
+    with TestClient(make_app(alone(Parrot()), ServeSettings())) as client:
         client.post("/v1/chat/completions", json=SAID)
         client.post("/v1/chat/completions", json={})
         text = client.get("/metrics").text

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from parrot import Parrot
+from parrot import Parrot, alone
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -28,7 +28,7 @@ from gyrocompass.serve.classifier import open_classifier
 from gyrocompass.serve.gate import Gate
 from gyrocompass.serve.policy import Policy
 from gyrocompass.serve.scorers import look, lookers_of
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import ServeSettings
 
 Serve = Callable[[Any], str]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -37,7 +37,7 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_calls_of_tools(served: Serve, stream: bool) -> None:
-    url = served(make_app(Services(Parrot()), ServeSettings()))
+    url = served(make_app(alone(Parrot()), ServeSettings()))
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
     def ask(text: str, **more: Any) -> tuple[str | None, list[Any], str]:

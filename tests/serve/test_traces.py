@@ -13,6 +13,7 @@ from parrot import Parrot
 from gyrocompass.serve.answer import Confidence, Judgement
 from gyrocompass.serve.backend import Job
 from gyrocompass.serve.exchange import Exchange
+from gyrocompass.serve.services import Lane, Way
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.traces import write_traces
 
@@ -25,10 +26,10 @@ class Gate:
 
 async def main():
     job = Job.plain([{"role": "user", "content": "hello"}])
-    await Exchange(Parrot(), gate=Gate()).whole(asked("secret words"), job)
-    async for _ in Exchange(Parrot()).live(asked("secret words"), job): pass
+    await Exchange(Way(Lane(Parrot(), gate=Gate()))).whole(asked("secret words"), job)
+    async for _ in Exchange(Way(Lane(Parrot()))).live(asked("secret words"), job): pass
     try:
-        await Exchange(Parrot(failure=Failure(502, "gone"))).whole(asked("secret words"), job)
+        await Exchange(Way(Lane(Parrot(failure=Failure(502, "gone"))))).whole(asked("secret words"), job)
     except Failure: pass
 
 provider = write_traces(Path(sys.argv[1]))

@@ -308,6 +308,9 @@ def _add_registry(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     add = _add(actions, "add", "a new version of a name")
     add.add_argument("name")
     add.add_argument("artifact", help="its id, or the unique beginning of one")
+    add.add_argument(
+        "--policy", metavar="ARTIFACT", help="of a model: the policy that moves with it (gyro policy save)"
+    )
     list_ = _add(actions, "list", "all versions with their aliases")
     list_.add_argument("name", nargs="?")
     list_.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -337,6 +340,21 @@ def _add_promote(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     back = _add(verbs, "rollback", "make the champion before this one champion again")
     back.add_argument("name")
     for one in (verb, back):
+        _who_option(one)
+        _store_options(one)
+    trial = _add(verbs, "rollout", "try a version on users beside the champion, and see what comes of it")
+    actions = trial.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    start = _add(actions, "start", "begin; the servers of the name follow")
+    start.add_argument("name")
+    start.add_argument("version", type=_at_least(1))
+    start.add_argument("--plan", type=_path, required=True, help="a YAML file: mode, share, guardrails")
+    status = _add(actions, "status", "what is known of each guardrail")
+    status.add_argument("name")
+    status.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    stop = _add(actions, "stop", "end it; its users go back to the champion")
+    stop.add_argument("name")
+    stop.add_argument("--why", default="", help="a remark for the history")
+    for one in (start, status, stop):
         _who_option(one)
         _store_options(one)
 

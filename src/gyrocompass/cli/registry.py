@@ -23,7 +23,7 @@ def registry(options: argparse.Namespace) -> int:
     """Add, list, or point."""
     store = Store(options.store, options.store_url, make=False)
     if options.action == "add":
-        found = register(store, options.name, options.artifact, options.by)
+        found = register(store, options.name, options.artifact, options.by, options.policy)
         print(f"{found.name}:{found.version}  {found.artifact_id}")
         return 0
     if options.action == "alias":

@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 from gyrocompass.core.tables import Table
 
-SCHEMA = "0003"
+SCHEMA = "0004"
 """The newest revision in `migrations/versions/`."""
 
 _WAIT_S = 300

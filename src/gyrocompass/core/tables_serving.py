@@ -1,6 +1,7 @@
 """The tables of a server: what was asked, what people look at, who may ask, and what administrators did.
 
     event                       one answer, as it ended
+    thumb                       what its user said of it
     review --< verdict          one answer that people decide on, and what each of them said
     api_key                     who may ask
     admin_act                   what administrators did, each act hashed with the one before it
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from gyrocompass.core.tables import Table
 
-__all__ = ["AdminAct", "ApiKeyRow", "EventRow", "ReviewRow", "Table", "VerdictRow"]
+__all__ = ["AdminAct", "ApiKeyRow", "EventRow", "ReviewRow", "Table", "ThumbRow", "VerdictRow"]
 
 
 class EventRow(Table):
@@ -36,6 +37,10 @@ class EventRow(Table):
     user: Mapped[str]
     """A keyed hash."""
     model: Mapped[str]
+    rollout: Mapped[str] = mapped_column(index=True)
+    """During which it was; empty: none."""
+    arm: Mapped[str]
+    """champion, challenger or shadow, of a user who takes part; else empty."""
     engine: Mapped[str]
     prompt_tokens: Mapped[int]
     tokens: Mapped[int]
@@ -60,6 +65,16 @@ class EventRow(Table):
     prompt: Mapped[str | None]
     """Null where texts are not kept."""
     text: Mapped[str | None]
+
+
+class ThumbRow(Table):
+    """Whether a user liked an answer."""
+
+    __tablename__ = "thumb"
+
+    request_id: Mapped[str] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    up: Mapped[bool]
 
 
 class ReviewRow(Table):

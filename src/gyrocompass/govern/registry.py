@@ -16,6 +16,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, func, insert, select
 
 from gyrocompass.core.acts import acts, note
+from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.database import upsert
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.core.store import Store
@@ -35,16 +36,20 @@ class Version(NamedTuple):
     at: float
     by: str
     aliases: tuple[str, ...]
+    policy_id: str | None = None
+    """Of a model: the policy that it is served behind, which names the calibrator."""
 
 
-def register(store: Store, name: str, artifact_id: str, by: str) -> Version:
-    """A new version of a name; the newest one, if that is of this artifact already.
+def register(store: Store, name: str, artifact_id: str, by: str, policy_id: str | None = None) -> Version:
+    """A new version of a name; the newest one, if that is of this artifact and policy already.
 
     Args:
         store: that has the artifact.
         name: small letters, digits, dots, dashes and underscores.
         artifact_id: or the unique beginning of one.
         by: who does it.
+        policy_id: of a model, the artifact of the policy that it is to be served behind: whatever moves the
+            model moves it too, and the calibrator that it names.
 
     Raises:
         BadInput: the name is none, there is no such artifact, or it is of another kind than earlier ones.
@@ -52,9 +57,10 @@ def register(store: Store, name: str, artifact_id: str, by: str) -> Version:
     if not _NAME.fullmatch(name):
         raise BadInput(f"{name!r} is no name", fix="use small letters, digits, dots, dashes and underscores")
     artifact = store.open(artifact_id, verify=False)
+    policy = None if policy_id is None else _policy(store, artifact, policy_id)
     with store.database.write() as connection:
         known = list(_versions(connection, name))
-        if known and known[-1].artifact_id == artifact.id:
+        if known and (known[-1].artifact_id, known[-1].policy_id) == (artifact.id, policy):
             return known[-1]
         if known and (kind := known[0].artifact_id.rpartition("-")[0]) != artifact.manifest.kind:
             raise BadInput(
@@ -63,9 +69,21 @@ def register(store: Store, name: str, artifact_id: str, by: str) -> Version:
             )
         version, now = len(known) + 1, time.time()
         row = {"name": name, "version": version, "artifact_id": artifact.id, "at": now, "by": by}
-        connection.execute(insert(VersionRow), [row])
-        note(connection, by, "registered", {"name": name, "version": version, "artifact": artifact.id})
-        return Version(name, version, artifact.id, now, by, ())
+        connection.execute(insert(VersionRow), [row | {"policy_id": policy}])
+        about = {"name": name, "version": version, "artifact": artifact.id}
+        note(connection, by, "registered", about | ({} if policy is None else {"policy": policy}))
+        return Version(name, version, artifact.id, now, by, (), policy)
+
+
+def _policy(store: Store, artifact: Artifact, policy_id: str) -> str:
+    policy = store.open(policy_id, verify=False)
+    if policy.manifest.kind != "policy":
+        raise BadInput(
+            f"{policy.id} is of the kind {policy.manifest.kind}, not a policy", fix="gyro policy save FILE"
+        )
+    if artifact.manifest.kind != "model":
+        raise BadInput(f"{artifact.id} is of the kind {artifact.manifest.kind}: a model has a policy")
+    return policy.id
 
 
 def versions(store: Store, name: str | None = None) -> list[Version]:
@@ -130,13 +148,7 @@ def roll_back(store: Store, name: str, by: str) -> Version:
     Raises:
         BadInput: there was none before.
     """
-    past = [act["about"] for act in acts(store.database) if act["act"] in (MOVED, ROLLED_BACK)]
-    line: list[tuple[int, str | None]] = []
-    for about in (about for about in past if about["name"] == name):
-        if about["rolled_back"]:
-            line.pop()
-        else:
-            line.append((about["to"], about["decision"]))
+    line = _champions(store, name)
     if len(line) < 2:
         raise BadInput(f"{name} had no champion before this one", fix=f"gyro registry list {name}")
     (current, _), (version, decision) = line[-1], line[-2]
@@ -146,6 +158,26 @@ def roll_back(store: Store, name: str, by: str) -> Version:
         about = {"name": name, "from": current, "to": version, "decision": decision, "rolled_back": True}
         note(connection, by, ROLLED_BACK, about)
     return found
+
+
+def champion_before(store: Store, name: str) -> Version | None:
+    """The version that a rollback would bring back."""
+    line = _champions(store, name)
+    return next(
+        (known for known in versions(store, name) if len(line) > 1 and known.version == line[-2][0]), None
+    )
+
+
+def _champions(store: Store, name: str) -> list[tuple[int, str | None]]:
+    """Champions that a rollback can go along, the first one first, each with its decision."""
+    past = [act["about"] for act in acts(store.database) if act["act"] in (MOVED, ROLLED_BACK)]
+    line: list[tuple[int, str | None]] = []
+    for about in (about for about in past if about["name"] == name):
+        if about["rolled_back"]:
+            line.pop()
+        else:
+            line.append((about["to"], about["decision"]))
+    return line
 
 
 def crown(
@@ -211,4 +243,4 @@ def _versions(connection: Connection, name: str | None) -> Iterator[Version]:
         aliases.setdefault((row.name, row.version), []).append(row.alias)
     for row in connection.execute(query):
         own = tuple(sorted(aliases.get((row.name, row.version), [])))
-        yield Version(row.name, row.version, row.artifact_id, row.at, row.by, own)
+        yield Version(row.name, row.version, row.artifact_id, row.at, row.by, own, row.policy_id)

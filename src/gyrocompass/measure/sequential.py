@@ -2,7 +2,8 @@
 
     differences as they come --Betting------> e-value: wealth against "the mean is 0"; p = 1 / highest wealth;
                                               an interval at every time, right at all times at once
-                             --MixtureTest--> mSPRT: the same for means of many, by a normal approximation
+                             --one_sided_p_values--> the same against "the mean is at most 0"
+                         --MixtureTest--> mSPRT: the same for means of many, by a normal approximation
 
 A test of fixed size that is looked at a hundred times finds a difference where there is none in 37% of cases
 instead of 5%. Here the wealth of somebody who bets on a difference is a martingale if there is none, so it
@@ -185,3 +186,22 @@ class MixtureTest(NamedTuple):
         spread = variance + count * self.tau**2
         evidence = math.log(1 / level) + 0.5 * math.log(spread / variance)
         return math.sqrt(2 * variance * spread * evidence) / (count * self.tau)
+
+
+def one_sided_p_values(value_N: ArrayLike) -> FloatArray:
+    """The p-value of "the mean, given the past, is at most 0" at every time, [N]; always valid.
+
+    Somebody bets on the mean being greater, with each share of `BETS` a part of the money:
+    p_n = min(1, 1 / max_(k <= n) of the mean over b of prod_(i <= k) (1 + b x_i)).
+
+    Args:
+        value_N: in [-1, 1].
+
+    >>> float(one_sided_p_values([0.5] * 40)[-1]) < 0.01, float(one_sided_p_values([-0.5] * 40)[-1])
+    (True, 1.0)
+    """
+    value = np.asarray(value_N, np.float64)
+    wealth_LN = np.cumsum(np.log1p(BETS[:, None] * value), 1)
+    log_wealth = np.logaddexp.reduce(wealth_LN, 0) - math.log(len(BETS))
+    p_N: FloatArray = np.exp(-np.maximum(0, np.maximum.accumulate(log_wealth)))
+    return p_N

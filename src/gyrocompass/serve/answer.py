@@ -44,6 +44,10 @@ class Asked(NamedTuple):
     """Whether the user agreed that the exchange may become training data."""
     webhook: str | None = None
     """Called when a person has decided on the answer."""
+    rollout: str = ""
+    """The trial that this is a part of; empty: none."""
+    arm: str = ""
+    """Of the trial: champion, challenger or shadow."""
 
 
 class Token(NamedTuple):

@@ -34,9 +34,7 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
         yield
         for task in tasks:
             task.cancel()
-        await services.backend.close()
-        if services.stronger is not None:
-            await services.stronger.close()
+        await services.ways.close()
         for close in services.on_close:
             await close()
 

@@ -1,19 +1,20 @@
 """What a server is put together from: a store, a policy, keys, a queue, a log.
 
-assemble(store, backend, ...) --> Services, ready for `make_app`
+backend, policy --make_lane--> Lane             one of them: OneWay; as a registry says: `following`
+store, ways     --assemble---> Services, ready for `make_app`
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 from gyrocompass.model.decoding import Decoding
-from gyrocompass.serve.answer import Answered, Asked, Judgement
+from gyrocompass.serve.answer import Answered, Asked, EventSink, Judgement
 from gyrocompass.serve.backend import Backend, Job
 from gyrocompass.serve.confidence import artifact_folder, calibrated_for, open_calibrated
 from gyrocompass.serve.decisions import Calibrate, answer_of, labels_of, prompt_of
@@ -27,39 +28,71 @@ from gyrocompass.serve.policy import Mask, Policy
 from gyrocompass.serve.review import Reviews, ReviewSettings
 from gyrocompass.serve.review_routes import review_router
 from gyrocompass.serve.scorers import lookers_of
-from gyrocompass.serve.services import Services
+from gyrocompass.serve.services import Lane, Services, Ways
 from gyrocompass.serve.sessions import Sessions, secret_of
+from gyrocompass.serve.thumbs import thumbs_router
 from gyrocompass.serve.webhooks import Webhooks
 from gyrocompass.serve.wire import Predicate
 
 
-def assemble(
+def make_lane(
     store: Store,
     backend: Backend,
     *,
     stronger: Backend | None = None,
     policy: Policy | None = None,
+    queue: Reviews | None = None,
+    lineage: Mapping[str, str | None] | None = None,
+) -> Lane:
+    """A backend behind a gate.
+
+    Args:
+        store: with the artifacts that a policy names.
+        backend: writes answers.
+        stronger: writes those that the gate escalates.
+        policy: of the gate; None: every answer is shown.
+        queue: where the gate sends what people are to decide on; None: it abstains.
+        lineage: ids of what answers.
+
+    Raises:
+        BadInput: the policy names what there is not, or promises what its calibration does not.
+    """
+    if policy is None:
+        return Lane(backend, stronger, lineage=lineage or {})
+    gate = Gate(policy, _lookers(policy, store, backend), calibrated_for(policy, store), queue)
+    return Lane(
+        backend,
+        stronger,
+        gate,
+        gate.moderate if policy.scorers else None,
+        _choice_calibrator(policy, store),
+        lineage or {},
+        gate.close,
+    )
+
+
+def assemble(
+    store: Store,
+    ways: Ways,
+    *,
     events: EventSettings | None = None,
     reviews: ReviewSettings | None = None,
-    lineage: Mapping[str, str | None] | None = None,
     open_to_all: bool = True,
+    background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
 ) -> Services:
     """Everything behind the routes.
 
     Args:
-        store: with the database, and the artifacts that a policy names.
-        backend: writes answers.
-        stronger: writes those that the gate escalates.
-        policy: of the gate; None: every answer is shown.
+        store: with the database.
+        ways: who gets which lane.
         events: what the log keeps.
         reviews: how people decide.
-        lineage: ids of what answers.
         open_to_all: whether requests need no key as long as there is none; for a server that this machine
             alone can reach.
+        background: what else runs as long as the server does.
 
     Raises:
-        BadInput: the policy names what there is not, or promises what its calibration does not; or keys are
-            needed and there are none.
+        BadInput: keys are needed and there are none.
     """
     database = store.database
     keys = Keys(database) if list_keys(database) or not open_to_all else None
@@ -69,34 +102,26 @@ def assemble(
             fix="make one: gyro keys create NAME --scopes infer",
         )
     queue = Reviews(database, reviews)
-    gate, choice = None, None
-    if policy is not None:
-        gate = Gate(policy, _lookers(policy, store, backend), calibrated_for(policy, store), queue)
-        choice = _choice_calibrator(policy, store)
     log = EventLog(database, events or EventSettings(), partial(masked_text, settings=_EVERYTHING))
     secret = secret_of(store.root)
     hooks = Webhooks(database, queue.status, secret)
-    ask = _asker(Exchange(backend, stronger=stronger, gate=gate, events=log))
+    ask = _asker(ways, log)
     pages = pages_router(store, queue, Sessions(secret), keys, ask)
     return Services(
-        backend,
-        stronger,
-        gate,
+        ways,
         log,
         keys,
-        None if gate is None or not policy or not policy.scorers else gate.moderate,
-        choice,
-        lineage or {},
-        (review_router(queue, keys), pages),
-        (partial(asyncio.to_thread, log.close), *([] if gate is None else [gate.close])),
-        (hooks.run,),
+        (review_router(queue, keys), thumbs_router(database, keys), pages),
+        (partial(asyncio.to_thread, log.close),),
+        (hooks.run, *background),
     )
 
 
-def _asker(exchange: Exchange) -> Ask:
+def _asker(ways: Ways, events: EventSink) -> Ask:
     """Asks for the playground, as a client would."""
 
     async def ask(prompt: str, limit: int, warmth: float) -> tuple[Answered, Judgement | None]:
+        exchange = Exchange(ways.of(""), events)
         if not prompt.strip():
             raise Failure(400, "there is nothing to answer")
         messages = [{"role": "user", "content": prompt}]

@@ -141,6 +141,8 @@ def event_of(
         "tier": asked.tier,
         "user": asked.user,
         "model": asked.model,
+        "rollout": asked.rollout,
+        "arm": asked.arm,
         "engine": "" if answered is None else answered.engine,
         "prompt_tokens": 0 if answered is None else answered.prompt_tokens,
         "tokens": len(logprobs),

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from gyrocompass.serve.answer import Answered, Asked, EventSink, Gatekeeper, Judgement
+from gyrocompass.serve.answer import Answered, Asked, EventSink, Judgement
 from gyrocompass.serve.backend import Backend, Job, Piece, Samples
 from gyrocompass.serve.failures import Failure
+from gyrocompass.serve.services import Lane, Way
 from gyrocompass.serve.traces import span
 
 NO_STRONGER = "the gate asked for a stronger model, and none is set"
 ABSTENTION = "I am not sure enough to answer this."
+_MOST_SHADOWED = 16
 
 
 class Outcome(NamedTuple):
@@ -32,24 +35,19 @@ class Outcome(NamedTuple):
 
 
 class Exchange:
-    """Asks a backend on behalf of clients.
+    """Asks a lane on behalf of clients.
 
     Args:
-        backend: writes the answers.
-        stronger: writes those that the gate escalates; None: they become abstentions.
-        gate: decides; None: every answer is shown.
+        way: where requests go. The lane's backend writes the answers; its gate decides, if it has one; what
+            that escalates the stronger backend writes, or it becomes an abstention. A shadow is asked when
+            the answer is there.
         events: the log; None: nothing is kept.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        *,
-        stronger: Backend | None = None,
-        gate: Gatekeeper | None = None,
-        events: EventSink | None = None,
-    ) -> None:
-        self.backend, self._stronger, self._gate, self._events = backend, stronger, gate, events
+    def __init__(self, way: Way, events: EventSink | None = None) -> None:
+        lane = way.lane
+        self.backend, self._stronger, self._gate = lane.backend, lane.stronger, lane.gate
+        self._events, self._shadow = events, way.shadow
 
     @property
     def shows_live(self) -> bool:
@@ -74,6 +72,7 @@ class Exchange:
             raise
         for sample, outcome in enumerate(found):
             self.record(asked, outcome.answered, outcome.judgement, 200, sample)
+        self._ask_shadow(asked, job)
         return found
 
     async def _whole(self, asked: Asked, job: Job) -> list[Outcome]:
@@ -122,12 +121,27 @@ class Exchange:
                     yield piece
                 traced.ended(samples.answered(), ())
             status = 200
+            self._ask_shadow(asked, job)
         except Failure as failure:
             status = failure.status
             raise
         finally:
             for sample, answered in enumerate(samples.answered()):
                 self.record(asked, answered, None, status, sample)
+
+    def _ask_shadow(self, asked: Asked, job: Job) -> None:
+        """Let the shadow answer too, behind the answer; where too many do, this question is left out."""
+        if self._shadow is None or len(_SHADOWED) >= _MOST_SHADOWED:
+            return
+        now = time.time()
+        model = self._shadow.lineage.get("model") or asked.model
+        asked = asked._replace(
+            id=f"{asked.id}.shadow", model=model, arm="shadow", received_at=now, webhook=None, consent=False
+        )
+        job = job._replace(received_at=now)
+        task = asyncio.ensure_future(_shadowed(self._shadow, self._events, asked, job))
+        _SHADOWED.add(task)
+        task.add_done_callback(_SHADOWED.discard)
 
     def record(
         self,
@@ -140,6 +154,15 @@ class Exchange:
         """Log how a request ended."""
         if self._events is not None:
             self._events.record(asked, answered, judgement, status, sample)
+
+
+_SHADOWED: set[asyncio.Future[None]] = set()
+"""What shadows are at."""
+
+
+async def _shadowed(lane: Lane, events: EventSink | None, asked: Asked, job: Job) -> None:
+    with suppress(Failure):  # the event has it
+        await Exchange(Way(lane), events).whole(asked, job)
 
 
 async def _gathered(backend: Backend, job: Job) -> Samples:

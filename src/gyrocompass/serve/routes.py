@@ -23,7 +23,7 @@ from gyrocompass.serve.exchange import Exchange, Outcome
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.keys import Caller
 from gyrocompass.serve.metrics import Metrics
-from gyrocompass.serve.services import ServeSettings, Services
+from gyrocompass.serve.services import Lane, ServeSettings, Services, Way
 from gyrocompass.serve.streams import (
     ChatChunks,
     Chunks,
@@ -40,6 +40,7 @@ from gyrocompass.serve.wire import (
     DecisionRequest,
     DetokenizeRequest,
     ModerationRequest,
+    ThumbRequest,
     TokenizeRequest,
     read,
     texts_of,
@@ -51,6 +52,7 @@ _FOR_REVIEW = 5
 
 BODIES = (
     ChatRequest, CompletionRequest, DecisionRequest, ModerationRequest, TokenizeRequest, DetokenizeRequest,
+    ThumbRequest,
 )  # fmt: skip
 
 _ERROR = {
@@ -84,9 +86,6 @@ class Routes:
 
     def __init__(self, services: Services, settings: ServeSettings, metrics: Metrics) -> None:
         self._services, self._settings, self._metrics = services, settings, metrics
-        self._exchange = Exchange(
-            services.backend, stronger=services.stronger, gate=services.gate, events=services.events
-        )
         self._secret = settings.user_secret.encode() or secrets.token_bytes(32)
 
     def router(self) -> APIRouter:
@@ -127,12 +126,14 @@ class Routes:
         tools = asked_for.tools if asked_for.tools and asked_for.tool_choice != "none" else []
         messages = [message.plain() for message in asked_for.messages]
         alternatives = (asked_for.top_logprobs or 0) if asked_for.logprobs else 0
+        user, way = self._way(caller, asked_for.user)
         asked = self._asked(
-            request, caller, asked_for, "chat", texts_of(asked_for.messages), messages, asked_for.limit()
-        )
-        job = self._job(
-            asked, messages, asked_for, asked_for.decoding(**asked_for.constraint()), alternatives
-        )._replace(tools=tools, body=given)
+            request, caller, user, way, asked_for, "chat", texts_of(asked_for.messages), messages,
+            asked_for.limit(),
+        )  # fmt: skip
+        decoding = asked_for.decoding(**asked_for.constraint())
+        job = self._job(asked, way.lane, messages, asked_for, decoding, alternatives)
+        job = job._replace(tools=tools, body=given)
 
         def choice(place: int, outcome: Outcome) -> dict[str, Any]:
             return render.chat_choice(
@@ -146,14 +147,15 @@ class Routes:
                 extra=outcome.extra,
             )
 
-        head = self._head(asked, "chatcmpl", "chat.completion", await self._model_name(asked_for.model))
+        name = await self._model_name(way.lane, asked_for.model)
+        head = self._head(asked, way.lane, "chatcmpl", "chat.completion", name)
         if asked_for.stream:
             head["object"] = "chat.completion.chunk"
             chunks = ChatChunks(bool(asked_for.logprobs), alternatives, bool(tools))
             return await self._streamed(
-                request, head, [(asked, job)], chunks, choice, asked_for.wants_usage()
+                request, way, head, [(asked, job)], chunks, choice, asked_for.wants_usage()
             )
-        outcomes = await until_gone(request, self._exchange.whole(asked, job))
+        outcomes = await until_gone(request, self._exchange(way).whole(asked, job))
         return self._answer(
             head, [choice(place, outcome) for place, outcome in enumerate(outcomes)], outcomes
         )
@@ -166,13 +168,18 @@ class Routes:
         given = json.loads(body)
         alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
         pairs: list[tuple[Asked, Job]] = []
+        user, way = self._way(caller, asked_for.user)
+        lane, exchange = way.lane, self._exchange(way)
         for prompt in asked_for.prompts():
-            text = prompt if isinstance(prompt, str) else await self._services.backend.detokenize(prompt)
-            asked = self._asked(request, caller, asked_for, "completion", text, (), asked_for.max_tokens)
+            text = prompt if isinstance(prompt, str) else await lane.backend.detokenize(prompt)
+            asked = self._asked(
+                request, caller, user, way, asked_for, "completion", text, (), asked_for.max_tokens
+            )
             asked = asked._replace(id=f"{asked.id}.{len(pairs)}" if pairs else asked.id)
-            job = self._job(asked, prompt, asked_for, asked_for.decoding(), alternatives)
+            job = self._job(asked, lane, prompt, asked_for, asked_for.decoding(), alternatives)
             pairs.append((asked, job._replace(body=given | {"prompt": prompt, "echo": False})))
-        head = self._head(pairs[0][0], "cmpl", "text_completion", await self._model_name(asked_for.model))
+        name = await self._model_name(lane, asked_for.model)
+        head = self._head(pairs[0][0], lane, "cmpl", "text_completion", name)
         samples = asked_for.n or 1
         echoed: list[Any] = [None] * len(pairs)
 
@@ -195,25 +202,20 @@ class Routes:
 
         async def everything() -> list[Outcome]:
             if echo and asked_for.logprobs is not None:
-                score = self._services.backend.score
-                echoed[:] = await together([score(job) for _, job in pairs])
+                echoed[:] = await together([lane.backend.score(job) for _, job in pairs])
             if asked_for.max_tokens == 0:
-                return [self._unwritten(asked, job) for asked, job in pairs for _ in range(samples)]
-            parts = await together([self._exchange.whole(asked, job) for asked, job in pairs])
+                return [_unwritten(lane, job) for _, job in pairs for _ in range(samples)]
+            parts = await together([exchange.whole(asked, job) for asked, job in pairs])
             return [outcome for part in parts for outcome in part]
 
         if asked_for.stream and not echo:
             chunks = TextChunks(asked_for.logprobs)
-            return await self._streamed(request, head, pairs, chunks, choice, asked_for.wants_usage())
+            return await self._streamed(request, way, head, pairs, chunks, choice, asked_for.wants_usage())
         outcomes = await until_gone(request, everything())
         choices = [choice(place, outcome) for place, outcome in enumerate(outcomes)]
         if asked_for.stream:
             return events(one_chunk(head, choices))
         return self._answer(head, choices, outcomes, pairs)
-
-    def _unwritten(self, asked: Asked, job: Job) -> Outcome:
-        answered = Samples(job, self._services.backend.name).answered()[0]._replace(finish="length")
-        return Outcome(answered, None, {}, {})
 
     async def decisions(self, request: Request) -> Response:
         """Questions whose answers are known beforehand: how probable each is."""
@@ -221,27 +223,27 @@ class Routes:
         caller = await self._caller(request)
         asked_for = read(DecisionRequest, body)
         text = asked_for.text()
-        model = await self._model_name(asked_for.model)
+        user, way = self._way(caller, asked_for.user)
+        lane, exchange = way.lane, self._exchange(way)
+        model = await self._model_name(lane, asked_for.model)
         answers, gates, prompt_tokens = [], [], 0
-        asked = self._asked(request, caller, asked_for, "decision", text, (), 1)
-        if (
-            self._services.gate is not None
-            and (judgement := await self._services.gate.before(asked)) is not None
-        ):
-            self._exchange.record(asked, None, judgement, 200)
+        asked = self._asked(request, caller, user, way, asked_for, "decision", text, (), 1)
+        if lane.gate is not None and (judgement := await lane.gate.before(asked)) is not None:
+            exchange.record(asked, None, judgement, 200)
             answers = [{"type": "refusal", "name": question.name} for question in asked_for.questions]
             gates = [render.doubts(judgement)] * len(answers)
         else:
             for number, question in enumerate(asked_for.questions):
                 prompt = prompt_of(text, question)
                 labels = labels_of(question)
-                job = self._job(asked, [{"role": "user", "content": prompt}], asked_for, _GREEDY, 0)
-                told, counted = await until_gone(request, self._services.backend.likelihoods(job, labels))
+                said = [{"role": "user", "content": prompt}]
+                job = self._job(asked, lane, said, asked_for, _GREEDY, 0)
+                told, counted = await until_gone(request, lane.backend.likelihoods(job, labels))
                 prompt_tokens += counted
-                answer, confidence = answer_of(question, told, self._services.calibrate_choice)
+                answer, confidence = answer_of(question, told, lane.calibrate_choice)
                 answers.append(answer)
                 gates.append(render.doubts(Judgement("answer", confidence=confidence)) if confidence else {})
-                self._exchange.record(asked, None, Judgement("answer", confidence=confidence), 200, number)
+                exchange.record(asked, None, Judgement("answer", confidence=confidence), 200, number)
         usage = {
             "input_tokens": prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -250,14 +252,14 @@ class Routes:
             "total_tokens": prompt_tokens,
         }
         answers = [answer | gate for answer, gate in zip(answers, gates, strict=True)]
-        calibrated = self._services.calibrate_choice is not None
+        calibrated = lane.calibrate_choice is not None
         return JSONResponse(
             {
                 "model": model,
                 "answers": answers,
                 "usage": usage,
                 "calibrated": calibrated,
-                **self._lineage(),
+                **_lineage(lane),
             }
         )
 
@@ -266,11 +268,12 @@ class Routes:
         body = await request.body()
         await self._caller(request)
         asked_for = read(ModerationRequest, body)
-        if self._services.moderate is None:
+        moderate = self._champion.moderate
+        if moderate is None:
             raise Failure(404, "this server has no safety scorers: name some in its policy")
         results = []
         for text in asked_for.texts():
-            scores = await self._services.moderate(text)
+            scores = await moderate(text)
             flags = {name: score >= 0.5 for name, score in scores.items()}
             results.append(
                 {"flagged": any(flags.values()), "categories": flags, "category_scores": dict(scores)}
@@ -282,12 +285,12 @@ class Routes:
     async def models(self, request: Request) -> Response:
         """What can be asked."""
         await self._caller(request)
-        return JSONResponse({"object": "list", "data": await self._services.backend.models()})
+        return JSONResponse({"object": "list", "data": await self._champion.backend.models()})
 
     async def model(self, request: Request, name: str) -> Response:
         """One of them."""
         await self._caller(request)
-        for model in await self._services.backend.models():
+        for model in await self._champion.backend.models():
             if model["id"] == name:
                 return JSONResponse(model)
         raise Failure(
@@ -299,7 +302,7 @@ class Routes:
         body = await request.body()
         await self._caller(request)
         asked_for = read(TokenizeRequest, body)
-        ids = await self._services.backend.tokenize(asked_for.text(), asked_for.add_special_tokens)
+        ids = await self._champion.backend.tokenize(asked_for.text(), asked_for.add_special_tokens)
         return JSONResponse({"tokens": ids, "count": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:
@@ -307,13 +310,13 @@ class Routes:
         body = await request.body()
         await self._caller(request)
         return JSONResponse(
-            {"prompt": await self._services.backend.detokenize(read(DetokenizeRequest, body).tokens)}
+            {"prompt": await self._champion.backend.detokenize(read(DetokenizeRequest, body).tokens)}
         )
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Special tokens and chat template."""
         await self._caller(request)
-        return JSONResponse(await self._services.backend.tokenizer_info())
+        return JSONResponse(await self._champion.backend.tokenizer_info())
 
     async def health(self) -> Response:
         """That the process lives."""
@@ -321,15 +324,29 @@ class Routes:
 
     async def ready(self) -> Response:
         """Whether it can answer now."""
-        why = await self._services.backend.ready()
+        why = await self._champion.backend.ready()
         if why is not None:
             raise Failure(503, why, retry_after_s=1)
-        return JSONResponse({"status": "ready", **self._lineage()})
+        return JSONResponse({"status": "ready", **_lineage(self._champion)})
 
     async def metrics(self) -> Response:
         """For Prometheus."""
-        figures = dict(self._services.backend.figures())
+        figures = dict(self._champion.backend.figures())
         return Response(self._metrics.text(figures), media_type=self._metrics.content_type)
+
+    @property
+    def _champion(self) -> Lane:
+        """What answers those who are not known."""
+        return self._services.ways.of("").lane
+
+    def _exchange(self, way: Way) -> Exchange:
+        return Exchange(way, self._services.events)
+
+    def _way(self, caller: Caller, named: str | None) -> tuple[str, Way]:
+        """The keyed hash of a user, and where the request goes; it stays there."""
+        user = named or caller.id
+        hashed = hmac.new(self._secret, user.encode(), hashlib.sha256).hexdigest()[:32] if user else ""
+        return hashed, self._services.ways.of(hashed)
 
     async def _caller(self, request: Request) -> Caller:
         if self._services.keys is None:
@@ -340,6 +357,8 @@ class Routes:
         self,
         request: Request,
         caller: Caller,
+        user: str,
+        way: Way,
         body: Any,
         kind: Literal["chat", "completion", "decision"],
         prompt: str,
@@ -347,15 +366,13 @@ class Routes:
         max_tokens: int | None,
     ) -> Asked:
         limits = [value for value in (body.deadline_s, self._settings.deadline_s) if value is not None]
-        user = body.user or caller.id
-        hashed = hmac.new(self._secret, user.encode(), hashlib.sha256).hexdigest()[:32] if user else ""
         return Asked(
             id=request.scope["gyro_id"],
             kind=kind,
             prompt=prompt,
             messages=messages,
-            model=self._services.lineage.get("model") or body.model,
-            user=hashed,
+            model=way.lane.lineage.get("model") or body.model,
+            user=user,
             tier=caller.tier,
             slice=body.slice,
             max_tokens=min(max_tokens or self._settings.max_tokens, self._settings.max_tokens),
@@ -363,9 +380,11 @@ class Routes:
             received_at=time.time(),
             consent=body.consent,
             webhook=body.webhook,
+            rollout=way.rollout,
+            arm=way.arm,
         )
 
-    def _job(self, asked: Asked, prompt: Any, body: Any, decoding: Any, alternatives: int) -> Job:
+    def _job(self, asked: Asked, lane: Lane, prompt: Any, body: Any, decoding: Any, alternatives: int) -> Job:
         return Job(
             id=asked.id,
             prompt=prompt,
@@ -375,19 +394,19 @@ class Routes:
             samples=getattr(body, "n", None) or 1,
             seed=getattr(body, "seed", None),
             # Reviewers see what else might have been written, whatever the client asked for.
-            alternatives=max(alternatives, _FOR_REVIEW if self._services.gate is not None else 0),
+            alternatives=max(alternatives, _FOR_REVIEW if lane.gate is not None else 0),
             deadline_s=asked.deadline_s,
             received_at=asked.received_at,
             model=body.model,
         )
 
-    async def _model_name(self, wanted: str) -> str:
+    async def _model_name(self, lane: Lane, wanted: str) -> str:
         """The name in the answer.
 
         Raises:
             Failure: 404 for a name that is not served.
         """
-        names = [model["id"] for model in await self._services.backend.models()]
+        names = [model["id"] for model in await lane.backend.models()]
         if wanted and wanted not in names:
             raise Failure(
                 404, f"there is no model {wanted!r}; there is {', '.join(names)}", param="model",
@@ -395,17 +414,14 @@ class Routes:
             )  # fmt: skip
         return wanted or names[0]
 
-    def _head(self, asked: Asked, prefix: str, kind: str, model: str) -> dict[str, Any]:
+    def _head(self, asked: Asked, lane: Lane, prefix: str, kind: str, model: str) -> dict[str, Any]:
         return {
             "id": f"{prefix}-{asked.id}",
             "object": kind,
             "created": int(asked.received_at),
             "model": model,
-            **self._lineage(),
+            **_lineage(lane),
         }
-
-    def _lineage(self) -> dict[str, Any]:
-        return {"lineage": dict(self._services.lineage)} if self._services.lineage else {}
 
     def _answer(
         self,
@@ -429,6 +445,7 @@ class Routes:
     async def _streamed(
         self,
         request: Request,
+        way: Way,
         head: Mapping[str, Any],
         pairs: Sequence[tuple[Asked, Job]],
         chunks: Chunks,
@@ -438,11 +455,11 @@ class Routes:
         """Server-sent events. The first piece is awaited before the head goes out, so that a request which
         cannot be answered gets its status.
         """
-        samples = pairs[0][1].samples
+        samples, exchange = pairs[0][1].samples, self._exchange(way)
         counted = [0, 0]
 
         async def live() -> AsyncIterator[dict[str, Any]]:
-            async for place, piece in merged([self._exchange.live(*pair) for pair in pairs]):
+            async for place, piece in merged([exchange.live(*pair) for pair in pairs]):
                 counted[1] += len(piece.tokens)
                 for one in chunks.of(place * samples + piece.sample, piece):
                     yield {**head, "choices": [one]}
@@ -450,7 +467,7 @@ class Routes:
                     counted[0] += piece.prompt_tokens
 
         async def judged() -> AsyncIterator[dict[str, Any]]:
-            parts = await together([self._exchange.whole(*pair) for pair in pairs])
+            parts = await together([exchange.whole(*pair) for pair in pairs])
             for number, part in enumerate(parts):
                 counted[0] += part[0].answered.prompt_tokens if part else 0
                 for sample, outcome in enumerate(part):
@@ -459,7 +476,7 @@ class Routes:
                     for one in chunks.whole(choice(number * samples + sample, outcome), outcome):
                         yield {**head, "choices": [one]}
 
-        source = live() if self._exchange.shows_live else judged()
+        source = live() if exchange.shows_live else judged()
         try:
             first = await until_gone(request, anext(source))
         except StopAsyncIteration:
@@ -474,3 +491,13 @@ class Routes:
                 yield {**head, "choices": [], "usage": render.usage(*counted)}
 
         return events(lines(), source)
+
+
+def _lineage(lane: Lane) -> dict[str, Any]:
+    return {"lineage": dict(lane.lineage)} if lane.lineage else {}
+
+
+def _unwritten(lane: Lane, job: Job) -> Outcome:
+    """Nothing is asked for but the echo."""
+    answered = Samples(job, lane.backend.name).answered()[0]._replace(finish="length")
+    return Outcome(answered, None, {}, {})

@@ -389,6 +389,14 @@ class DetokenizeRequest(BaseModel):
     tokens: list[TokenId]
 
 
+class ThumbRequest(BaseModel):
+    """POST /v1/feedback: whether the user liked an answer."""
+
+    id: str = Field(pattern=r"^(?:[a-z]+-)?[0-9a-f]{32}$")
+    """Of the answer, as it came, with or without what stands before the dash."""
+    thumb: Literal["up", "down"]
+
+
 def read(kind: type[M], body: bytes) -> M:
     """A request's body as one of the above.
 

@@ -10,21 +10,27 @@ from typing import Any
 
 import pytest
 from asking import answered, asked, done
+from fastapi import FastAPI
 from parrot import Parrot
 
 from gyrocompass.core.store import Store
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.app import make_app
-from gyrocompass.serve.assembly import assemble
+from gyrocompass.serve.assembly import assemble, make_lane
 from gyrocompass.serve.feedback import export
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.review import Reviews, ReviewSettings
-from gyrocompass.serve.services import ServeSettings
+from gyrocompass.serve.services import OneWay, ServeSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 Serve = Callable[[Any], str]
 ONCE = ReviewSettings(double_share=0.0)
+
+
+def app_of(store: Store) -> FastAPI:
+    ways = OneWay(make_lane(store, Parrot()))
+    return make_app(assemble(store, ways, reviews=ONCE), ServeSettings())
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ class Site:
         ]
         answer = answered("It is five")._replace(tokens=tokens)
         self.item = done(Reviews(store.database, ONCE).put(asked(), answer, ["doubt"], None, 1.0))
-        self.url = served(make_app(assemble(store, Parrot(), reviews=ONCE), ServeSettings()))
+        self.url = served(app_of(store))
 
     def log_in(self, browser: Any, key: str, **context: Any) -> Any:
         page = browser.new_context(**context).new_page()

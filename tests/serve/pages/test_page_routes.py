@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from asking import answered, asked
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parrot import Parrot
@@ -18,13 +19,20 @@ from starlette.testclient import TestClient
 from gyrocompass.core.store import Store
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.app import make_app
-from gyrocompass.serve.assembly import assemble
+from gyrocompass.serve.assembly import assemble, make_lane
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.pages.charts import bars, lines
 from gyrocompass.serve.review import Reviews, ReviewSettings
-from gyrocompass.serve.services import ServeSettings
+from gyrocompass.serve.services import OneWay, ServeSettings
 
 ONCE = ReviewSettings(double_share=0.0)
+
+
+def app_of(store: Store) -> FastAPI:
+    ways = OneWay(make_lane(store, Parrot()))
+    return make_app(assemble(store, ways, reviews=ONCE), ServeSettings())
+
+
 PAGES = ("/overview", "/review", "/models", "/runs", "/playground")
 
 
@@ -35,7 +43,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def client(store: Store) -> Iterator[TestClient]:
-    with TestClient(make_app(assemble(store, Parrot(), reviews=ONCE), ServeSettings())) as client:
+    with TestClient(app_of(store)) as client:
         yield client
 
 
@@ -43,7 +51,7 @@ def client(store: Store) -> Iterator[TestClient]:
 def locked(store: Store) -> Iterator[tuple[TestClient, str, str]]:
     """A server with keys: one that may review, one that may only ask."""
     keys = [create_key(store.database, name, [name]) for name in ("review", "infer")]
-    with TestClient(make_app(assemble(store, Parrot(), reviews=ONCE), ServeSettings())) as client:
+    with TestClient(app_of(store)) as client:
         yield client, keys[0], keys[1]
 
 
