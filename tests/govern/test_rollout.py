@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 from sqlalchemy import insert
 
 from gyrocompass.core.acts import acts, check_chain
@@ -18,7 +19,7 @@ from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.core.store import Store
 from gyrocompass.core.tables_serving import EventRow, ReviewRow, ThumbRow, VerdictRow
 from gyrocompass.govern.promote import PromotionRule, promote
-from gyrocompass.govern.registry import register
+from gyrocompass.govern.registry import register, versions
 from gyrocompass.govern.rollout import (
     Known,
     Rollout,
@@ -240,3 +241,31 @@ def test_the_command_line(store: Store, gyro: Any, tmp_path: Path) -> None:
     assert code == 2 and "nothing of m is being tried" in err
     assert Known(**rollouts(store, "m")[-1].found[0]).challenger_users == 60
     assert time.time() - float(told["ended_at"]) < 60
+
+
+def test_a_promotion_may_ask_for_a_trial_and_for_speed(store: Store) -> None:
+    clauses = [{"kind": "rollout"}, {"kind": "latency", "quantile": 0.9, "at_most_s": 0.5}]
+    rule = parse(PromotionRule, {"name": "r", "clauses": clauses}, "rule")
+    first = promote(store, "m", 2, rule, "ann", [])
+    assert [found.why for found in first.clauses] == [
+        "it was never tried beside version 1 as canary or ab",
+        "0 answers are logged, and 29 are needed",
+    ]
+    rollout = start(store, "m", 2, plan_of(), "ann")
+    candidate = str(versions(store, "m")[1].artifact_id)
+    asked(store, [row | {"model": candidate} for row in traffic(rollout, bad=0.1, users=900)])
+    assert "as ab it is running" in promote(store, "m", 2, rule, "ann", []).clauses[0].why
+    assert settle(store, rollout).state == "kept"
+    assert promote(store, "m", 2, rule, "ann", []).promoted
+    slow = parse(PromotionRule, {"name": "r", "clauses": [clauses[1] | {"at_most_s": 0.05}]}, "rule")
+    with pytest.raises(BadInput, match="is champion already"):
+        promote(store, "m", 2, slow, "ann", [])
+
+
+def test_the_bound_of_a_quantile_covers(store: Store) -> None:
+    """29 of 29 answers at most: the 0.9 quantile is below the slowest in 95% of cases, and 28 are too few."""
+    draw = np.random.default_rng(0)
+    values = np.sort(draw.random((4000, 60)), 1)
+    place = int(binom.ppf(0.95, 60, 0.9))
+    assert np.mean(values[:, place] >= 0.9) >= 0.94
+    assert int(binom.ppf(0.95, 29, 0.9)) < 29 <= 29 and int(binom.ppf(0.95, 28, 0.9)) >= 28

@@ -34,6 +34,7 @@ class Parrot:
 
     def __init__(self, pause_s: float = 0.0, failure: Failure | None = None) -> None:
         self.pause_s, self.failure = pause_s, failure
+        self.closed = False
         self.left, self.jobs = 0, list[Job]()
 
     async def models(self) -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ class Parrot:
         return {"running": 0.0}
 
     async def close(self) -> None:
-        return None
+        self.closed = True
 
 
 def alone(backend: Backend, **lane: Any) -> Services:

@@ -7,6 +7,8 @@
       - {kind: figure, task: sums, measure: exact_match, at_least: 0.8}     # by its interval's lower end
       - {kind: contamination, at_most: 0.05}
       - {kind: exposure, at_most_bits: 5}
+      - {kind: rollout, modes: [canary, ab]}            # was tried on users beside this champion, and kept
+      - {kind: latency, quantile: 0.95, at_most_s: 2}   # of its answers so far, by the interval's upper end
       - {kind: approval, by: [ann, bob]}
 
 A clause that cannot be judged, since nothing was measured, does not hold. The decision, with the rule and
@@ -20,7 +22,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
+from sqlalchemy import select
 
 from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.config import Config, config_hash
@@ -28,7 +32,9 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.lineage_graph import Node
 from gyrocompass.core.store import Store
+from gyrocompass.core.tables_serving import EventRow
 from gyrocompass.govern.registry import Version, champion, crown, versions
+from gyrocompass.govern.rollout import rollouts
 from gyrocompass.measure.compare import aligned, paired
 from gyrocompass.measure.intervals import clusters
 from gyrocompass.measure.ledger import FIELDS, Ledger
@@ -79,6 +85,21 @@ class ExposureClause(Config):
     at_most_bits: float = Field(ge=0)
 
 
+class RolloutClause(Config):
+    """It was tried on users beside the champion of now, and its guardrails were shown to hold."""
+
+    kind: Literal["rollout"]
+    modes: tuple[Literal["shadow", "canary", "ab"], ...] = ("canary", "ab")
+
+
+class LatencyClause(Config):
+    """How long its answers took, from arrival to the last token, seen or in the shadow."""
+
+    kind: Literal["latency"]
+    quantile: float = Field(default=0.95, gt=0, lt=1)
+    at_most_s: float = Field(gt=0)
+
+
 class ApprovalClause(Config):
     """Somebody of these people says yes."""
 
@@ -92,6 +113,8 @@ Clause = Annotated[
     | FigureClause
     | ContaminationClause
     | ExposureClause
+    | RolloutClause
+    | LatencyClause
     | ApprovalClause,
     Field(discriminator="kind"),
 ]
@@ -182,6 +205,8 @@ def _judge(
         "figure": _figure,
         "contamination": _contamination,
         "exposure": _exposure,
+        "rollout": _rollout,
+        "latency": _latency,
     }
     if isinstance(clause, ApprovalClause):
         yes = sorted(set(approvals) & set(clause.by))
@@ -324,3 +349,35 @@ def _exposure(store: Store, clause: ExposureClause, candidate: Version, before: 
     name, worst = max(rows, key=lambda one: one[1]["bits"])
     why = f"the most exposed of {len(rows)} canaries has {worst['bits']:.2f} bits"
     return worst["bits"] <= clause.at_most_bits, why, (name,)
+
+
+def _rollout(store: Store, clause: RolloutClause, candidate: Version, before: Version | None) -> Judged:
+    if before is None:
+        return True, "there is no champion to be tried beside", ()
+    own = [
+        one
+        for one in rollouts(store, candidate.name)
+        if (one.version, one.champion) == (candidate.version, before.version)
+        and one.plan.mode in clause.modes
+    ]
+    if not own:
+        return False, f"it was never tried beside version {before.version} as {' or '.join(clause.modes)}", ()
+    last = own[-1]
+    return last.state == "kept", f"as {last.plan.mode} it is {last.state}: {last.why or 'no end yet'}", ()
+
+
+def _latency(store: Store, clause: LatencyClause, candidate: Version, before: Version | None) -> Judged:
+    from scipy.stats import binom  # imported here: scipy takes a while
+
+    row = EventRow
+    mine = (row.model == candidate.artifact_id, row.status == 200, row.tokens > 0)
+    with store.database.read() as connection:
+        seconds = np.sort(np.array(list(connection.scalars(select(row.total_s).where(*mine))), np.float64))
+    # The quantile is below the k-th smallest with 95% confidence, k the least with P(Bin(n, q) < k) >= 0.95.
+    place = int(binom.ppf(0.95, len(seconds), clause.quantile)) if len(seconds) else 0
+    if place >= len(seconds):
+        need = int(np.ceil(np.log(0.05) / np.log(clause.quantile)))
+        return False, f"{len(seconds)} answers are logged, and {need} are needed", ()
+    high = float(seconds[place])
+    why = f"the {clause.quantile:g} quantile of {len(seconds)} answers is at most {high:.3f} s"
+    return high <= clause.at_most_s, f"{why}, and {clause.at_most_s:g} s is allowed", ()

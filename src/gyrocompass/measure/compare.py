@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
 
 from gyrocompass.core.errors import BadInput
 
@@ -257,7 +257,8 @@ def sample_size(
     """
     if difference == 0 or deviation <= 0:
         raise BadInput("no number of units shows a difference of 0", fix="say what is worth seeing")
-    z = float(norm.ppf(1 - level / 2) + norm.ppf(power))
+    normal = NormalDist()
+    z = normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)
     return math.ceil(z**2 * (1 if paired else 2) * deviation**2 / difference**2)
 
 
