@@ -12,6 +12,7 @@ from gyrocompass.cli.score import read_files
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 from gyrocompass.data.tokenizer import load_tokenizer
+from gyrocompass.measure.compare import ledger_differences
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.model.fit import check_fit
 from gyrocompass.model.head import context_length
@@ -20,7 +21,6 @@ from gyrocompass.model.score import score_dataset
 from gyrocompass.recipe.comparing import (
     Comparison,
     Cost,
-    ledger_differences,
     print_comparison,
     seeded,
     write_comparison,

@@ -78,7 +78,7 @@ def _why(options: argparse.Namespace) -> int:
     store = Store(options.store, options.store_url, make=False)
     found = reasons_of(store, open_dataset(store, options.dataset), options.document)
     if options.json:
-        print(json.dumps(_plain(found), indent=2, ensure_ascii=False, default=str))
+        print(json.dumps(plain(found), indent=2, ensure_ascii=False, default=str))
     else:
         print_reasons(found, Console())
     return 0
@@ -86,17 +86,21 @@ def _why(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     store = Store(options.store, options.store_url, make=False)
-    before, after = (open_dataset(store, name).path for name in (options.before, options.after))
-    found = compare(before, after)
-    if options.json:
-        print(json.dumps({"same": found.same, **_plain(found)}, indent=2, ensure_ascii=False))
+    return show_difference(store, options.before, options.after, rows=options.rows, as_json=options.json)
+
+
+def show_difference(store: Store, before: str, after: str, *, rows: int, as_json: bool) -> int:
+    """Print what differs between two data sets."""
+    found = compare(*(open_dataset(store, name).path for name in (before, after)))
+    if as_json:
+        print(json.dumps({"same": found.same, **plain(found)}, indent=2, ensure_ascii=False))
     else:
-        print_difference(found, Console(), options.rows)
+        print_difference(found, Console(), rows)
     return 0
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Named tuples as objects, all the way down."""
     if hasattr(value, "_asdict"):
-        return {name: _plain(entry) for name, entry in value._asdict().items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {name: plain(entry) for name, entry in value._asdict().items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_eval(verbs)
     _add_compare(verbs)
+    _add_diff(verbs)
     _add_lm_eval(verbs)
     _add_serve(verbs)
     _add_policy(verbs)
@@ -224,6 +225,15 @@ def _add_compare(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--data", type=_path, nargs="+", default=[], help="compare two models on these files")
     _variant_option(verb)
     _set_option(verb)
+    _store_options(verb)
+
+
+def _add_diff(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "diff", "say what differs between two data sets, recipes, models or other artifacts")
+    verb.add_argument("a", help="an artifact id, NAME:VERSION, NAME@ALIAS; or a recipe")
+    verb.add_argument("b", help="another of the same kind")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _variant_option(verb)
     _store_options(verb)
 
 

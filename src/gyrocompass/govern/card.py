@@ -71,7 +71,7 @@ def model_card(store: Store, model_id: str, intended_use: str | None = None) -> 
     names = [one for one in versions(store) if one.artifact_id == model.id]
     up = walk(store, model.id).artifact
     assert up is not None
-    up = _whole(up)
+    up = whole(up)
     learned = learned_from(store, up)
     scores = [
         (artifact, slice_scores(Ledger.load(artifact.path / "ledger.parquet")))
@@ -98,7 +98,7 @@ def model_card(store: Store, model_id: str, intended_use: str | None = None) -> 
     return f"{_front(learned)}\n# {title}\n\nArtifact `{model.id}`{aliases}, {made}.\n{body}"
 
 
-def _whole(node: Node) -> Node:
+def whole(node: Node) -> Node:
     """The same tree with the links back in that it leaves out where they stand elsewhere."""
     known = {one.id: one for one in _below(node) if not one.again}
     made: dict[str, Node] = {}

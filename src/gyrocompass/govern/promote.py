@@ -35,11 +35,8 @@ from gyrocompass.core.store import Store
 from gyrocompass.core.tables_serving import EventRow
 from gyrocompass.govern.registry import Version, champion, crown, versions
 from gyrocompass.govern.rollout import rollouts
-from gyrocompass.measure.compare import aligned, paired
-from gyrocompass.measure.intervals import clusters
-from gyrocompass.measure.ledger import FIELDS, Ledger
-
-_COUNT, _VALUE = FIELDS.index("count"), FIELDS.index("value")
+from gyrocompass.measure.compare import aligned, group_sums, paired
+from gyrocompass.measure.ledger import Ledger
 
 
 class LikelihoodClause(Config):
@@ -230,7 +227,7 @@ def _likelihood(store: Store, clause: LikelihoodClause, candidate: Version, befo
     ledgers = [Ledger.load(one.path / "ledger.parquet") for one in (mine, theirs)]
     worst, slices = "", 0
     for name in [*ledgers[0].names("slice"), None]:
-        sums = [_sums(ledger, name) for ledger in ledgers]
+        sums = [group_sums(ledger, name) for ledger in ledgers]
         one_G, other_G, weight_G, groups = aligned(sums[0], sums[1])
         if len(groups) < 2:
             return False, f"{name or 'total'} has fewer than two groups to compare on", (mine.id, theirs.id)
@@ -241,13 +238,6 @@ def _likelihood(store: Store, clause: LikelihoodClause, candidate: Version, befo
             worst = worst or f"{told}, and {clause.margin:g} is allowed"
     why = worst or f"in {slices} slices not worse than by {clause.margin:g} nats per token"
     return not worst, why, (mine.id, theirs.id)
-
-
-def _sums(ledger: Ledger, name: str | None) -> dict[str, tuple[float, float]]:
-    groups, sums_GF = ledger.columns(clusters(ledger), name)
-    return {
-        group: (float(row[_VALUE]), float(row[_COUNT])) for group, row in zip(groups, sums_GF, strict=True)
-    }
 
 
 def scores_of(store: Store, model_id: str) -> dict[tuple[str, ...], Artifact]:

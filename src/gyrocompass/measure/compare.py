@@ -31,9 +31,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.measure.intervals import clusters
+from gyrocompass.measure.ledger import FIELDS, Ledger
 
 FloatArray = NDArray[np.float64]
 RESAMPLES = 5000
+COUNT, VALUE = FIELDS.index("count"), FIELDS.index("value")
+METRIC = "nats per token"
 CONFIDENCE = 0.95
 
 
@@ -330,3 +334,37 @@ def aligned(
         weight,
         names,
     )
+
+
+# --- ledgers ---
+
+
+def ledger_differences(pairs: Sequence[tuple[Ledger, Ledger]]) -> tuple[list[Line], dict[str, list[float]]]:
+    """Paired differences by slice, summed over pairs of ledgers, and those of each pair alone."""
+    slices = [*pairs[0][0].names("slice")]
+    found: dict[tuple[str, str], Paired] = {}
+    by_seed: dict[str, list[float]] = {}
+    for name in [*slices, None]:
+        sides: tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]] = ({}, {})
+        label = name or "total"
+        by_seed[label] = []
+        for ledgers in pairs:
+            own = [group_sums(ledger, name) for ledger in ledgers]
+            one_G, other_G, weight_G, _ = aligned(own[0], own[1])
+            by_seed[label].append(float((one_G - other_G).sum() / weight_G.sum()))
+            for side, sums in zip(sides, own, strict=True):
+                for group, (value, weight) in sums.items():
+                    before = side.get(group, (0.0, 0.0))
+                    side[group] = (before[0] + value, before[1] + weight)
+        one_G, other_G, weight_G, groups = aligned(*sides)
+        if len(groups) > 1:
+            found[METRIC, label] = paired(one_G, other_G, weight_G)
+    if not found:
+        raise BadInput("no slice has two groups of documents to compare on", fix="score more documents")
+    return lines(found, {METRIC: True}), by_seed
+
+
+def group_sums(ledger: Ledger, name: str | None) -> dict[str, tuple[float, float]]:
+    """Loss and tokens of each group of documents of a slice; of all for None."""
+    groups, sums_GF = ledger.columns(clusters(ledger), name)
+    return {group: (float(row[VALUE]), float(row[COUNT])) for group, row in zip(groups, sums_GF, strict=True)}

@@ -25,17 +25,13 @@ from rich.text import Text
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.folder import write_whole
 from gyrocompass.core.store import Store
-from gyrocompass.measure.compare import Line, Paired, aligned, lines, paired
-from gyrocompass.measure.intervals import clusters
-from gyrocompass.measure.ledger import FIELDS, Ledger
+from gyrocompass.measure.compare import Line, ledger_differences
+from gyrocompass.measure.ledger import Ledger
 from gyrocompass.recipe import report_format as fmt
 from gyrocompass.recipe.recipe import Recipe
 from gyrocompass.recipe.record import RunRecord
 from gyrocompass.recipe.report_judgement import judgements, page_template
 from gyrocompass.recipe.stages.train import TrainStage
-
-COUNT, VALUE = FIELDS.index("count"), FIELDS.index("value")
-METRIC = "nats per token"
 
 
 class Cost(NamedTuple):
@@ -83,36 +79,6 @@ def compare(a: Sequence[RunRecord], b: Sequence[RunRecord], store: Store) -> Com
     return Comparison(
         names, found, by_seed, (_cost(a, store), _cost(b, store)), _calibration(a[0], b[0], store)
     )
-
-
-def ledger_differences(pairs: Sequence[tuple[Ledger, Ledger]]) -> tuple[list[Line], dict[str, list[float]]]:
-    """Paired differences by slice, summed over pairs of ledgers, and those of each pair alone."""
-    slices = [*pairs[0][0].names("slice")]
-    found: dict[tuple[str, str], Paired] = {}
-    by_seed: dict[str, list[float]] = {}
-    for name in [*slices, None]:
-        sides: tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]] = ({}, {})
-        label = name or "total"
-        by_seed[label] = []
-        for ledgers in pairs:
-            own = [_sums(ledger, name) for ledger in ledgers]
-            one_G, other_G, weight_G, _ = aligned(own[0], own[1])
-            by_seed[label].append(float((one_G - other_G).sum() / weight_G.sum()))
-            for side, sums in zip(sides, own, strict=True):
-                for group, (value, weight) in sums.items():
-                    before = side.get(group, (0.0, 0.0))
-                    side[group] = (before[0] + value, before[1] + weight)
-        one_G, other_G, weight_G, groups = aligned(*sides)
-        if len(groups) > 1:
-            found[METRIC, label] = paired(one_G, other_G, weight_G)
-    if not found:
-        raise BadInput("no slice has two groups of documents to compare on", fix="score more documents")
-    return lines(found, {METRIC: True}), by_seed
-
-
-def _sums(ledger: Ledger, name: str | None) -> dict[str, tuple[float, float]]:
-    groups, sums_GF = ledger.columns(clusters(ledger), name)
-    return {group: (float(row[VALUE]), float(row[COUNT])) for group, row in zip(groups, sums_GF, strict=True)}
 
 
 def _ledger(record: RunRecord, store: Store) -> Ledger:
