@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     _add_feedback(verbs)
     _add_registry(verbs)
     _add_promote(verbs)
+    _add_loop(verbs)
     _add_verify(verbs)
     _add_data(verbs)
     _add_lineage(verbs)
@@ -367,6 +368,18 @@ def _add_promote(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     for one in (start, status, stop):
         _who_option(one)
         _store_options(one)
+
+
+def _add_loop(verbs: _Verbs[argparse.ArgumentParser]) -> None:
+    verb = _add(verbs, "loop", "learn from what people decide: a challenger, judged, tried, kept or not")
+    verb.add_argument("file", type=_path, help="a YAML file: recipe, rule, rollout, trigger")
+    verb.add_argument(
+        "--once", action="store_true", help="as far as it goes without waiting, instead of until interrupted"
+    )
+    verb.add_argument("--give-up", action="store_true", help="end the open cycle first, at any step")
+    verb.add_argument("--status", action="store_true", help="tell what became of the cycles so far, and stop")
+    verb.add_argument("--json", action="store_true", help="with --status: JSON instead of a table")
+    _store_options(verb)
 
 
 def _who_option(verb: argparse.ArgumentParser) -> None:

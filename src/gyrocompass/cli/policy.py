@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gyrocompass.core.config import config_hash
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 
 
 def policy(options: argparse.Namespace) -> int:
     """Check, save or dry-run a policy."""
-    from gyrocompass.serve.policy import load_policy
+    from gyrocompass.serve.policy import keep_policy, load_policy
 
     read = load_policy(options.file)
     console = Console(highlight=False, markup=False)
@@ -36,11 +34,8 @@ def policy(options: argparse.Namespace) -> int:
         return 0
     store = Store(options.store, options.store_url)
     if options.action == "save":
-        recipe = {"kind": "policy", "policy": read.model_dump(mode="json")}
-        with store.create(config_hash(recipe), "policy", recipe=recipe) as draft:
-            shutil.copyfile(options.file, draft.path / "policy.yaml")
-            draft.documents = ()
-        console.print(f"{draft.artifact.id}  {read.id}")
+        kept = keep_policy(store, read, options.file.read_text(encoding="utf-8"))
+        console.print(f"{kept.id}  {read.id}")
         return 0
     return _dry_run(options, read, store, console)
 

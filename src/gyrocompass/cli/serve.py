@@ -105,7 +105,7 @@ def _following(
     """The champion of a name, whichever version that is; what keeps it so; and how it is told."""
     from gyrocompass.serve.assembly import make_lane
     from gyrocompass.serve.following import Following, Version
-    from gyrocompass.serve.policy import load_policy
+    from gyrocompass.serve.policy import kept_policy
     from gyrocompass.serve.review import Reviews
     from gyrocompass.serve.services import Lane
 
@@ -115,7 +115,7 @@ def _following(
     def open_lane(version: Version, hidden: bool) -> Lane:
         own = policy
         if version.policy_id is not None:
-            own = load_policy(store.open(version.policy_id).path / "policy.yaml")
+            own = kept_policy(store, version.policy_id)
         backend, lineage = _embedded(options, store.open(version.artifact_id).path)
         return make_lane(
             store,

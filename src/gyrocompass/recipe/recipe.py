@@ -24,7 +24,13 @@ from gyrocompass.recipe.mistakes import input_mistakes, reference_mistakes
 from gyrocompass.recipe.stages.alignment import AlignmentStage
 from gyrocompass.recipe.stages.calibration import CalibrationStage
 from gyrocompass.recipe.stages.columns import ReferenceStage, TeacherTopKStage
-from gyrocompass.recipe.stages.corpus import CuratedStage, DocumentsStage, PairsStage, SplitStage
+from gyrocompass.recipe.stages.corpus import (
+    CuratedStage,
+    DocumentsStage,
+    PairsStage,
+    SplitStage,
+    TogetherStage,
+)
 from gyrocompass.recipe.stages.evaluation import EvaluationStage
 from gyrocompass.recipe.stages.function_tests import FunctionTestsStage
 from gyrocompass.recipe.stages.model import GgufModelStage, ImportedModelStage, NewModelStage
@@ -38,6 +44,7 @@ AnyStage = Annotated[
     DocumentsStage
     | CuratedStage
     | SplitStage
+    | TogetherStage
     | PairsStage
     | PreferencesStage
     | FunctionTestsStage

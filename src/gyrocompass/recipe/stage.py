@@ -36,6 +36,7 @@ StageNames = Annotated[tuple[str, ...], Reference()]
 
 DocumentsName = Annotated[str, Reference(("documents",))]
 OptionalDocumentsName = Annotated[str | None, Reference(("documents",))]
+DocumentsNames = Annotated[tuple[str, ...], Reference(("documents",))]
 ModelName = Annotated[str, Reference(("model",))]
 OptionalModelName = Annotated[str | None, Reference(("model",))]
 TokenizerName = Annotated[str, Reference(("tokenizer", "model"))]  # a model's folder has its tokenizer in it

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -44,18 +45,19 @@ class Exported(NamedTuple):
     """Reviews whose texts were left out."""
 
 
-def export(store: Store, *, since: float = 0.0, all_texts: bool = False) -> Exported:
+def export(store: Store, *, since: float = 0.0, until: float = math.inf, all_texts: bool = False) -> Exported:
     """Write what was decided from a time on.
 
     Args:
         store: with the reviews.
         since: seconds since 1970.
+        until: the same; what was decided later is left for another time.
         all_texts: also those whose users did not agree; for texts that are one's own.
 
     Raises:
         BadInput: nothing was decided.
     """
-    items = list(_decided(store, since))
+    items = [item for item in _decided(store, since) if item["said"]["at"] < until]
     if not items:
         raise BadInput("nothing is decided yet", where=store.root, fix="decide on some answers at /review")
     known = {artifact.id for artifact in store.artifacts()}

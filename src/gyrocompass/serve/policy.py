@@ -27,9 +27,12 @@ import re._parser as parser  # type: ignore[import-not-found]  # what `re` itsel
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, Field, model_validator
 
+from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.config import Config, config_hash, load_yaml, parse
+from gyrocompass.core.store import Store
 from gyrocompass.serve.answer import Outcome
 
 OnFailure = Literal["block", "review", "abstain", "ignore"]
@@ -260,6 +263,29 @@ class Policy(Config):
     def id(self) -> str:
         """Its name, and a hash of what it says."""
         return f"{self.name}-{config_hash(self)[:16]}"
+
+
+def keep_policy(store: Store, policy: Policy, text: str | None = None) -> Artifact:
+    """A policy as an artifact.
+
+    Args:
+        store: where it is kept.
+        policy: checked.
+        text: the file that it was read from; None: it is written anew.
+    """
+    recipe = {"kind": "policy", "policy": policy.model_dump(mode="json")}
+    told = policy.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+    with store.create(config_hash(recipe), "policy", recipe=recipe) as draft:
+        (draft.path / "policy.yaml").write_text(
+            text or yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        draft.documents = ()
+    return draft.artifact
+
+
+def kept_policy(store: Store, artifact_id: str) -> Policy:
+    """A policy that was kept."""
+    return load_policy(store.open(artifact_id).path / "policy.yaml")
 
 
 def load_policy(path: Path) -> Policy:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from gyrocompass.core.artifact import Artifact, DocumentRow, Draft
+from gyrocompass.core.artifact import MANIFEST, Artifact, DocumentRow, Draft, read_artifact
 from gyrocompass.core.lineage_graph import KEPT
 from gyrocompass.data.curate.build import Builder
 from gyrocompass.data.curate.config import BuildConfig
@@ -29,7 +29,22 @@ from gyrocompass.data.document import (
 from gyrocompass.data.sources import Source, fingerprint, read_sources
 from gyrocompass.data.split import Side, side
 from gyrocompass.data.stdlib import pairs
-from gyrocompass.recipe.stage import DocumentsName, Stage, Workplace
+from gyrocompass.recipe.stage import DocumentsName, DocumentsNames, Stage, Workplace
+
+
+def _holding(sources: Sequence[Source]) -> dict[str, Artifact]:
+    """Artifacts that files of sources stand in, by role."""
+    paths = [
+        Path(read.path)
+        for source in sources
+        for read in (source.files, source.jsonl, source.parquet)
+        if read is not None
+    ]
+    folders = dict.fromkeys(
+        folder for path in paths for folder in (path, *path.parents) if (folder / MANIFEST).is_file()
+    )
+    found = [read_artifact(folder, verify=False) for folder in folders]
+    return {f"{one.manifest.kind}.{number}": one for number, one in enumerate(found)}
 
 
 class DocumentsStage(Stage):
@@ -46,9 +61,10 @@ class DocumentsStage(Stage):
         return [fingerprint(source) for source in self.sources]
 
     def origins(self) -> dict[str, Artifact]:
-        """The data sets among the sources."""
+        """The data sets among the sources, and the artifacts whose files are read, such as feedback."""
         paths = [source.dataset.path for source in self.sources if source.dataset is not None]
-        return {f"dataset.{number}": find_dataset(Path(path)) for number, path in enumerate(paths)}
+        datasets = {f"dataset.{number}": find_dataset(Path(path)) for number, path in enumerate(paths)}
+        return datasets | _holding(self.sources)
 
     def run(self, workplace: Workplace, draft: Draft) -> None:
         """Writes documents.parquet and quarantined.parquet, without what the store's opt-out list covers."""
@@ -63,6 +79,10 @@ class CuratedStage(Stage):
     kind: Literal["curated"] = "curated"
     makes: ClassVar[str] = "documents"
     build: BuildConfig
+
+    def origins(self) -> dict[str, Artifact]:
+        """The artifacts whose files are read, such as feedback."""
+        return _holding(self.build.sources)
 
     def outside(self) -> Any:
         """The state of the sources' files, and the opt-out lists."""
@@ -98,6 +118,28 @@ class SplitStage(Stage):
         documents = read_documents(workplace.input("documents"))
         chosen = (d for d in documents if side(d, self.held_out_share, self.salt) == self.side)
         write_stage_records(draft, counting(chosen, workplace))
+
+
+class TogetherStage(Stage):
+    """Documents of several stages in one, such as feedback and what is replayed; each document once."""
+
+    kind: Literal["together"] = "together"
+    makes: ClassVar[str] = "documents"
+    documents: DocumentsNames
+
+    def run(self, workplace: Workplace, draft: Draft) -> None:
+        """Writes documents.parquet."""
+        folders = [workplace.input(f"documents.{number}") for number in range(len(self.documents))]
+        seen: set[str] = set()
+
+        def once() -> Iterator[Document]:
+            for folder in folders:
+                for document in read_documents(folder):
+                    if document.id not in seen:
+                        seen.add(document.id)
+                        yield document
+
+        write_stage_records(draft, counting(once(), workplace))
 
 
 class PairsStage(Stage):

@@ -1,0 +1,56 @@
+"""When a cycle of the loop is due, by what the store knows."""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select
+
+from gyrocompass.core.store import Store
+from gyrocompass.core.tables_serving import ReviewRow
+from gyrocompass.measure.drift import watch
+from gyrocompass.recipe.loop.config import Trigger
+from gyrocompass.serve.events import read_events
+
+MOST_EVENTS = 20_000
+
+
+def decided(store: Store) -> int:
+    """How many answers people have decided on so far."""
+    with store.database.read() as connection:
+        query = select(func.count()).where(ReviewRow.state == "decided")
+        return int(connection.scalar(query) or 0)
+
+
+def due(
+    store: Store, trigger: Trigger, *, now: float, last_at: float | None, last_decided: int
+) -> str | None:
+    """Why a cycle is due; None: it is not.
+
+    Counts decide wherever they can: a clock that jumps loses nothing. One that jumped back since the last
+    cycle makes `hours` wait anew; one that jumped ahead makes it come early.
+
+    Args:
+        store: with reviews and events.
+        trigger: of the loop.
+        now: seconds since 1970.
+        last_at: when the last cycle began; None: there was none.
+        last_decided: what `decided` was then.
+    """
+    new = decided(store) - last_decided
+    if new <= 0:
+        return None
+    if trigger.verdicts is not None and new >= trigger.verdicts:
+        return f"{new} new verdicts"
+    if trigger.hours is not None and (last_at is None or now - last_at >= 3600 * trigger.hours):
+        return f"{trigger.hours:g} hours have passed, with {new} new verdicts"
+    if trigger.drift and (alarm := _alarm(store, last_at or 0.0)):
+        return alarm
+    return None
+
+
+def _alarm(store: Store, since: float) -> str | None:
+    events = [event for event in read_events(store.database, since) if event["status"] == 200]
+    for watched in watch(events[-MOST_EVENTS:]):
+        if watched.alarms:
+            last = watched.alarms[-1]
+            return f"drift: {last.quantity} was {last.before:.3g} and is {last.now:.3g}"
+    return None

@@ -1,0 +1,329 @@
+"""The loop: what people decided becomes a challenger that is judged, tried and kept or not, once for each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sqlalchemy import insert
+
+from gyrocompass.core.config import parse
+from gyrocompass.core.errors import BadInput, ConfigError, DamagedArtifact, GyroError
+from gyrocompass.core.folder import locked
+from gyrocompass.core.lineage import walk
+from gyrocompass.core.store import Store
+from gyrocompass.core.tables_serving import EventRow
+from gyrocompass.govern.promote import PromotionRule, promote
+from gyrocompass.govern.registry import champion, register, versions
+from gyrocompass.govern.rollout import running
+from gyrocompass.measure.ledger import Ledger
+from gyrocompass.recipe.loop.config import Loop, Trigger
+from gyrocompass.recipe.loop.cycle import Cycle, cycles, run_loop
+from gyrocompass.recipe.loop.suggest import suggestions
+from gyrocompass.recipe.loop.triggers import decided, due
+from gyrocompass.recipe.run import read_run
+from gyrocompass.serve.answer import Answered, Asked, Token
+from gyrocompass.serve.review import Reviews, ReviewSettings, Verdict
+from tiny_recipe import FinishedRun
+
+ANN = parse(PromotionRule, {"name": "r", "clauses": [{"kind": "approval", "by": ["ann"]}]}, "rule")
+RECIPE = """\
+name: challenger
+tracking: {{mlflow: null}}
+stages:
+  champion: {{kind: imported_model, folder: "${{champion}}"}}
+  documents: {{kind: documents, sources: [{{files: {{path: {data}}}}}]}}
+  train_documents: {{kind: split, documents: documents, side: train, held_out_share: 0.25}}
+  held_out_documents: {{kind: split, documents: documents, side: held_out, held_out_share: 0.25}}
+  replayed: {{kind: pairs, documents: train_documents}}
+  feedback: {{kind: documents, sources: [{{jsonl: {{path: "${{feedback}}/sft.jsonl", slice: feedback}}}}]}}
+  both: {{kind: together, documents: [feedback, replayed]}}
+  tokens: {{kind: tokens, documents: both, tokenizer: champion}}
+  held_out: {{kind: tokens, documents: held_out_documents, tokenizer: champion}}
+  tuned:
+    kind: train
+    model: champion
+    data: tokens
+    held_out: held_out
+    steps: {steps}
+    sequence_length: 64
+    rows_per_step: 2
+    optimizer: {{learning_rate: {rate}}}
+    evaluate_every_steps: 1
+  score_champion: {{kind: score, model: champion, data: [held_out], sequence_length: 64}}
+  score_tuned: {{kind: score, model: tuned, data: [held_out], sequence_length: 64}}
+"""
+LOOP = """\
+name: m
+recipe: challenger.yaml
+model: tuned
+rule: rule.yaml
+rollout: rollout.yaml
+trigger: {verdicts: 3}
+poll_s: 0.01
+"""
+RULE = "name: r\nclauses: [{kind: likelihood, margin: 0.5}, {kind: rollout}]\n"
+ROLLOUT = "mode: ab\nshare: 0.5\nguardrails: [{measure: failed, margin: 0.2}]\n"
+
+
+class Place:
+    """A store with a champion, and a folder with the loop's files."""
+
+    def __init__(self, folder: Path, run: FinishedRun) -> None:
+        shutil.copytree(run.store, folder / "store")
+        self.store = Store(folder / "store")
+        ids = {stage.name: stage.artifact for stage in read_run(self.store, "tiny").stages}
+        register(self.store, "m", ids["fine_tuned"], "ann")
+        promote(self.store, "m", 1, ANN, "ann", ["ann"])
+        self.file = folder / "loop.yaml"
+        self.data = run.recipe.parent / "data"
+        self.write()
+
+    def write(self, rule: str = RULE, loop: str = LOOP, rollout: str = ROLLOUT, rate: float = 1e-3) -> None:
+        folder = self.file.parent
+        (folder / "challenger.yaml").write_text(RECIPE.format(data=self.data, steps=3, rate=rate))
+        for name, text in (("rule", rule), ("rollout", rollout), ("loop", loop)):
+            (folder / f"{name}.yaml").write_text(text)
+
+    def decide(self, count: int, consent: bool = True) -> None:
+        """People look at answers, and let them stand."""
+        queue = Reviews(self.store.database, ReviewSettings(double_share=0.0))
+        begin = decided(self.store)
+        for number in range(begin, begin + count):
+            said = [{"role": "user", "content": f"What is {number}?"}]
+            asked = Asked(
+                f"{number:032x}", "chat", f"What is {number}?", said,
+                "", "u", "", "", 10, None, time.time(), consent,
+            )  # fmt: skip
+            answer = Answered(
+                f"It is {number}.", [Token("It", 1, -0.1, 0.2, [])], "stop", 3, 0.0, 0.0, 0.0, "embedded"
+            )
+            with ThreadPoolExecutor(1) as pool:
+                item = pool.submit(asyncio.run, queue.put(asked, answer, ["r"], None, 1.0)).result()
+            queue.claim_one(item, "eve")
+            queue.decide(item, "eve", Verdict(f"v{number}", "approve"))
+
+    def go(self, **options: Any) -> Cycle | None:
+        return run_loop(Loop(self.file), self.store, Console(quiet=True), once=True, **options)
+
+    def traffic(self, users: int, failing: str = "") -> None:
+        """Answers to users in the arms of what is tried; those of one arm fail."""
+        trial = running(self.store, "m")
+        assert trial is not None
+        row = dict.fromkeys(EventRow.__table__.columns.keys()) | {
+            "kind": "chat", "slice": "", "tier": "", "model": "", "rollout": trial.id, "engine": "",
+            "prompt_tokens": 1, "tokens": 1, "prompt_characters": 1, "calibrator": "", "policy": "",
+            "outcome": "answer", "reasons": [], "flags": {}, "queued_s": 0.0, "first_token_s": 0.0,
+            "total_s": 0.1, "consent": False,
+        }  # fmt: skip
+        rows = [
+            row | {
+                "id": f"{trial.id}{n}-0", "request_id": f"{trial.id}{n}", "at": float(n), "user": f"u{n}",
+                "arm": (arm := trial.arm(f"u{n}")), "status": 500 if arm == failing else 200,
+            }
+            for n in range(users)
+        ]  # fmt: skip
+        with self.store.database.write() as connection:
+            connection.execute(insert(EventRow), rows)
+
+
+@pytest.fixture
+def place(tmp_path: Path, finished_run: FinishedRun) -> Place:
+    return Place(tmp_path, finished_run)
+
+
+def test_a_cycle_goes_from_verdicts_to_a_new_champion(place: Place) -> None:
+    assert place.go() is None
+    place.decide(2)
+    assert place.go() is None  # three are asked for
+    place.decide(2)
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "waits for the rollout", cycle
+    assert cycle.why == "4 new verdicts" and cycle.version == 2
+    told = (place.store.open(str(cycle.feedback)).path / "sft.jsonl").read_text().splitlines()
+    assert len(told) == 4
+    assert place.go() == cycle  # nothing new to be done
+    place.traffic(300)
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "champion", cycle
+    now = champion(place.store, "m")
+    assert now is not None and now.version == 2
+    tree = walk(place.store, now.artifact_id)
+    assert cycle.feedback in {node.id for node in _nodes(tree.artifact)}  # from the model to what people said
+    assert place.go() == cycle  # no new verdict: no new cycle
+    place.decide(3)
+    second = place.go()
+    assert second is not None and second.number == 2 and second.why == "3 new verdicts"
+    exported = (place.store.open(str(second.feedback)).path / "sft.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["source"] for line in exported}) == len(exported) == 7
+
+
+def _nodes(node: Any) -> list[Any]:
+    return [] if node is None else [node, *(below for link in node.links for below in _nodes(link))]
+
+
+def test_a_bad_challenger_is_refused_and_a_bad_canary_is_taken_back(place: Place) -> None:
+    place.write(rate=0.5, rule=RULE.replace("0.5", "0.01"))
+    place.decide(3)
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "refused" and "is allowed" in cycle.told
+    assert champion(place.store, "m").version == 1 and cycle.decision is not None  # type: ignore[union-attr]
+    place.write()
+    place.decide(3)
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "waits for the rollout"
+    place.traffic(100, failing="challenger")
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "rolled back" and "failed: 100.0%" in cycle.told
+    assert champion(place.store, "m").version == 1  # type: ignore[union-attr]
+
+
+def test_a_person_has_the_last_word(place: Place) -> None:
+    place.write(rule=RULE.replace("]", ", {kind: approval, by: [ann]}]"))
+    place.decide(3)
+    assert place.go().state == "waits for the rollout"  # type: ignore[union-attr]
+    place.traffic(300)
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "waits for approval" and "--approve" in cycle.told
+    loop = Loop(place.file)
+    assert promote(place.store, "m", 2, loop.rule, "ann", ["ann"]).promoted
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "champion"
+
+
+def test_without_consent_there_is_nothing_to_learn(place: Place) -> None:
+    place.decide(3, consent=False)
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "nothing to learn" and "3 reviews are left out" in cycle.told
+
+
+@pytest.mark.parametrize("step", ["_export", "_train", "_register", "_judge", "_try"])
+def test_a_killed_step_is_done_once(place: Place, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Killed after the step's work, before it is written down: nothing is lost, nothing is done twice."""
+    from gyrocompass.recipe.loop import cycle as module
+
+    place.decide(3)
+    saved = module._save
+    killed = getattr(module, step)
+
+    def die(loop: Any, store: Any, cycle: Any, console: Any) -> Any:
+        after = killed(loop, store, cycle, console)
+        if after != cycle:
+            raise KeyboardInterrupt
+        return after
+
+    monkeypatch.setattr(module, step, die)
+    with pytest.raises(KeyboardInterrupt):
+        place.go()
+    monkeypatch.setattr(module, step, killed)
+    place.decide(2)  # meanwhile: they belong to the next cycle
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "waits for the rollout" and cycle.number == 1
+    assert len(versions(place.store, "m")) == 2 and len(place.store.folders("feedback")) == 1
+    trial = running(place.store, "m")
+    assert trial is not None and trial.id == cycle.rollout
+    lines = (place.store.open(str(cycle.feedback)).path / "sft.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and module._save is saved
+
+
+def test_only_one_loop_runs(place: Place) -> None:
+    with locked(place.store.root / "loops" / "m") as ours:
+        assert ours
+        with ThreadPoolExecutor(1) as pool, pytest.raises(GyroError, match="another process runs the loop"):
+            pool.submit(place.go).result()
+
+
+def test_triggers(place: Place) -> None:
+    def why(last_at: float | None = 0.0, last: int = 0, now: float = 1e6, **trigger: Any) -> str | None:
+        return due(place.store, Trigger(**trigger), now=now, last_at=last_at, last_decided=last)
+
+    assert why(hours=1) is None  # no verdict
+    place.decide(4)
+    assert why(verdicts=4) == "4 new verdicts" and why(verdicts=5) is None and why(verdicts=4, last=1) is None
+    assert why(hours=1) == "1 hours have passed, with 4 new verdicts" and why(hours=300) is None
+    assert why(hours=1, last_at=2e6) is None  # the clock jumped back: no cycle for it
+    assert why(hours=1, last_at=None) is not None
+    assert why(drift=True) is None
+    rows = []
+    row = dict.fromkeys(EventRow.__table__.columns.keys()) | {
+        "kind": "chat", "slice": "", "tier": "", "model": "", "rollout": "", "arm": "", "user": "",
+        "engine": "", "prompt_tokens": 1, "tokens": 1, "prompt_characters": 1, "calibrator": "", "policy": "",
+        "outcome": "", "reasons": [], "flags": {}, "queued_s": 0.0, "first_token_s": 0.0, "total_s": 0.1,
+        "consent": False, "status": 200,
+    }  # fmt: skip
+    for n in range(900):
+        value = -1.0 - (n * 37 % 100) / 100 - (3.0 if n > 600 else 0.0)
+        rows.append(row | {"id": f"{n}", "request_id": f"{n}", "at": float(n), "mean_logprob": value})
+    with place.store.database.write() as connection:
+        connection.execute(insert(EventRow), rows)
+    assert str(why(drift=True)).startswith("drift: surprisal was 1.5 and is")
+
+
+def test_slices_that_no_longer_learn_are_told(place: Place, tmp_path: Path) -> None:
+    ids = {stage.name: stage.artifact for stage in read_run(place.store, "tiny").stages}
+    trained = place.store.open(ids["pretrained"], verify=False)
+    folder = tmp_path / "trained"
+    shutil.copytree(trained.path, folder)
+    losses = [{"code": v, "prose": 2.0, "new": 5.0 - n} for n, v in enumerate((3.0, 2.0, 2.2, 2.4))]
+    lines = [json.dumps({"step": n, "nll_nats": loss}) for n, loss in enumerate(losses)]
+    (folder / "evaluations.jsonl").write_text("\n".join(lines))
+    scored = Ledger.load(place.store.open(ids["score_fine_tuned"], verify=False).path / "ledger.parquet")
+    found = {one.slice: one for one in suggestions(trained._replace(path=folder), scored)}
+    assert set(found) == {"code", "prose"}
+    assert found["code"].state == "rises" and "the least was 2.000" in found["code"].why
+    assert len(found["code"].documents) == 3
+    assert found["prose"].state == "stands still" and found["prose"].advice == "more data"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loop": LOOP.replace("model: tuned", "model: tunned")}, "has no stage 'tunned'"),
+        ({"loop": LOOP.replace("verdicts: 3", "")}, "say when a cycle begins"),
+        ({"loop": LOOP.replace("rule.yaml", "none.yaml")}, "cannot read the file"),
+        ({"rollout": "mode: ab\n"}, "guardrails"),
+    ],
+)
+def test_bad_files_are_told_at_once(place: Place, change: dict[str, str], message: str) -> None:
+    place.write(**change)  # type: ignore[arg-type]
+    with pytest.raises((BadInput, ConfigError), match=message):
+        Loop(place.file)
+
+
+def test_bad_words_and_names_are_told(place: Place) -> None:
+    recipe = place.file.parent / "challenger.yaml"
+    recipe.write_text(recipe.read_text().replace("${feedback}", "${feedbak}"))
+    with pytest.raises(BadInput, match="a word that is not known; there is champion, feedback"):
+        Loop(place.file)
+    place.write(loop=LOOP.replace("name: m", "name: other"))
+    with pytest.raises(BadInput, match="other has no champion to improve"):
+        place.go()
+
+
+def test_the_command_line(place: Place, gyro: Callable[..., tuple[int, str, str]]) -> None:
+    where = ("--store", place.store.root)
+    code, out, _ = gyro("loop", place.file, "--once", *where)
+    assert code == 0 and "nothing is due" in out
+    place.decide(3)
+    code, out, _ = gyro("loop", place.file, "--once", *where)
+    assert code == 0 and "cycle 1: waits for the rollout: ab on 50% of the users" in out
+    code, out, _ = gyro("loop", place.file, "--status", *where)
+    assert code == 0 and "3 new verdicts" in out and "m:2" in out
+    code, out, _ = gyro("loop", place.file, "--once", "--give-up", *where)
+    assert code == 0 and running(place.store, "m") is None
+    code, out, _ = gyro("loop", place.file, "--status", "--json", *where)
+    assert json.loads(out)[0]["state"] == "given up"
+    code, _, err = gyro("loop", place.file, "--once", "--give-up", *where)
+    assert code == 2 and "no cycle of m is open" in err
+    path = place.store.root / "loops" / "m" / "cycle-0001.json"
+    path.write_text("{")
+    with pytest.raises(DamagedArtifact, match="this cycle cannot be read"):
+        cycles(place.store, "m")
