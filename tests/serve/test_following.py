@@ -13,13 +13,13 @@ import httpx
 import pytest
 from parrot import Parrot
 
-from gyrocompass.cli.serve import settle_on, wanted_of
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import GyroError
 from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import PromotionRule, promote
 from gyrocompass.govern.registry import register, roll_back
 from gyrocompass.govern.rollout import RolloutPlan, rollouts, running, start, stop
+from gyrocompass.recipe.serving import settle_on, wanted_of
 from gyrocompass.serve import following as module
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.assembly import assemble, make_lane

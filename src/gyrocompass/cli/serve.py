@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from gyrocompass.cli.model import model_folder
-from gyrocompass.core.artifact import MANIFEST, read_artifact
-from gyrocompass.core.config import config_hash, parse
-from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
+from gyrocompass.core.config import parse
+from gyrocompass.core.errors import BadInput, MissingDependency
 from gyrocompass.core.store import Store
 
 if TYPE_CHECKING:
+    from gyrocompass.recipe.serving import Background
     from gyrocompass.serve.backend import Backend
-    from gyrocompass.serve.following import Wanted
-    from gyrocompass.serve.policy import Policy
     from gyrocompass.serve.services import Ways
 
 
@@ -64,8 +59,21 @@ def serve(options: argparse.Namespace) -> int:
         )
     )
     ways: Ways
+    background: Background = ()
     if options.model is not None and options.model.endswith("@champion"):
-        ways, background, shown = _following(options, store, stronger, policy)
+        from gyrocompass.recipe.serving import follow
+
+        name = options.model.removesuffix("@champion")
+        ways, background = follow(
+            store,
+            name,
+            shown_as=options.name,
+            stronger=stronger,
+            policy=policy,
+            dtype=_dtype(options),
+            engine=_engine(options),
+        )
+        shown = f"{name}:{ways.open().version} and whichever version is champion after it"
     else:
         if options.upstream is not None:
             key = options.upstream_key_env
@@ -75,7 +83,7 @@ def serve(options: argparse.Namespace) -> int:
             backend, lineage = _embedded(options, model_folder(options))
         queue = Reviews(store.database)
         lane = make_lane(store, backend, stronger=stronger, policy=policy, queue=queue, lineage=lineage)
-        ways, background, shown = OneWay(lane), (), lineage.get("model") or backend.name
+        ways, shown = OneWay(lane), lineage.get("model") or backend.name
     services = assemble(
         store,
         ways,
@@ -95,113 +103,25 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-_SETTLE_S = 2.0
-"""Between looks at the guardrails of a version on trial."""
-
-
-def _following(
-    options: argparse.Namespace, store: Store, stronger: Backend | None, policy: Policy | None
-) -> tuple[Ways, Sequence[Callable[[], Coroutine[Any, Any, None]]], str]:
-    """The champion of a name, whichever version that is; what keeps it so; and how it is told."""
-    from gyrocompass.serve.assembly import make_lane
-    from gyrocompass.serve.following import Following, Version
-    from gyrocompass.serve.policy import kept_policy
-    from gyrocompass.serve.review import Reviews
-    from gyrocompass.serve.services import Lane
-
-    name = options.model.removesuffix("@champion")
-    options.name = options.name or name
-
-    def open_lane(version: Version, hidden: bool) -> Lane:
-        own = policy
-        if version.policy_id is not None:
-            own = kept_policy(store, version.policy_id)
-        backend, lineage = _embedded(options, store.open(version.artifact_id).path)
-        return make_lane(
-            store,
-            backend,
-            stronger=stronger,
-            policy=own,
-            queue=None if hidden else Reviews(store.database),
-            lineage=lineage | {"version": f"{name}:{version.version}"},
-        )
-
-    following = Following(lambda: wanted_of(store, name), open_lane)
-    first = following.open()
-    shown = f"{name}:{first.version} and whichever version is champion after it"
-    return following, (following.run, partial(settle_on, store, name)), shown
-
-
-def wanted_of(store: Store, name: str) -> Wanted:
-    """What the registry says of a name.
-
-    Raises:
-        BadInput: it has no champion.
-    """
-    from gyrocompass.govern.registry import champion, champion_before, versions
-    from gyrocompass.govern.rollout import running
-    from gyrocompass.serve.following import Trial, Version, Wanted
-
-    now, trial = champion(store, name), running(store, name)
-    if now is None:
-        raise BadInput(f"{name} has no champion", fix="gyro promote NAME VERSION --rule FILE")
-    known = {
-        one.version: Version(one.version, one.artifact_id, one.policy_id) for one in versions(store, name)
-    }
-    before = champion_before(store, name)
-    return Wanted(
-        known[now.version],
-        None if before is None else known[before.version],
-        None
-        if trial is None
-        else Trial(trial.id, known[trial.version], trial.arm, hidden=trial.plan.mode == "shadow"),
-    )
-
-
-async def settle_on(store: Store, name: str) -> None:
-    """Look at the guardrails of what is on trial, again and again."""
-    from gyrocompass.govern.rollout import running, settle
-
-    def once() -> None:
-        trial = running(store, name)
-        if trial is not None and (now := settle(store, trial)).state != "running":
-            log.warning("%s:%d is %s: %s", name, now.version, now.state, now.why)
-
-    log = logging.getLogger("gyrocompass.serve")
-    while True:
-        await asyncio.sleep(_SETTLE_S)
-        try:
-            await asyncio.to_thread(once)
-        except GyroError as error:
-            log.error("guardrails wait: %s", error)
-
-
 def _embedded(options: argparse.Namespace, folder: Path) -> tuple[Backend, dict[str, str | None]]:
     """A model in this process, and the ids of what it is."""
-    import torch
-
+    from gyrocompass.recipe.serving import lineage_of
     from gyrocompass.serve.embedded import open_embedded
-    from gyrocompass.serve.engine.kinds import EngineSettings
 
-    settings = parse(
-        EngineSettings, {"most_rows": options.most_rows, "most_waiting": options.most_waiting}, "gyro serve"
-    )
-    dtype = None if options.precision is None else getattr(torch, options.precision)
     lineage = lineage_of(folder)
     name = options.name or lineage.get("model") or folder.resolve().name
-    return open_embedded(folder, name, dtype, settings), lineage
+    return open_embedded(folder, name, _dtype(options), _engine(options)), lineage
 
 
-def lineage_of(folder: Path) -> dict[str, str | None]:
-    """Ids of a model and of what it was made from; nothing for a folder that is no artifact."""
-    if not (folder / MANIFEST).is_file():
-        return {}
-    manifest = read_artifact(folder, verify=False).manifest
-    parents = manifest.parents
-    return {
-        "model": manifest.id,
-        "dataset": parents.get("data"),
-        "base": parents.get("model"),
-        "recipe": f"{manifest.recipe.get('kind')}-{config_hash(manifest.recipe)[:16]}",
-        "code": manifest.code_version,
-    }
+def _dtype(options: argparse.Namespace) -> Any:
+    import torch
+
+    return None if options.precision is None else getattr(torch, options.precision)
+
+
+def _engine(options: argparse.Namespace) -> Any:
+    from gyrocompass.serve.engine.kinds import EngineSettings
+
+    return parse(
+        EngineSettings, {"most_rows": options.most_rows, "most_waiting": options.most_waiting}, "gyro serve"
+    )
