@@ -47,7 +47,7 @@ $(BIN)/python:
 
 $(VENV)/.installed-demo: $(BIN)/python $(SOURCES)
 	@echo "installing the pinned dependencies (torch is the large one) ..."
-	$(PIP) --editable '.[mlflow]'
+	$(PIP) --editable '.[mlflow,serve]'
 	@touch $@
 
 $(VENV)/.installed-check: $(BIN)/python $(SOURCES)

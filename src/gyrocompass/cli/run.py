@@ -7,6 +7,7 @@ import os
 
 from rich.console import Console
 
+from gyrocompass.core.errors import MissingDependency
 from gyrocompass.core.store import Store
 from gyrocompass.recipe.finetune import check_free, export_model, finetune_recipe
 from gyrocompass.recipe.recipe import Recipe, load_recipe
@@ -14,8 +15,16 @@ from gyrocompass.recipe.run import read_run, run_recipe, show, show_plan
 
 
 def demo(options: argparse.Namespace) -> int:
-    """The built-in recipe `stdlib`."""
-    return _run(load_recipe("stdlib", options.set, "small" if options.small else None), options)
+    """The built-in recipe `stdlib`, and then the life of what it made."""
+    recipe = load_recipe("stdlib", options.set, "small" if options.small else None)
+    status = _run(recipe, options)
+    if not options.dry_run and _is_first_rank():
+        try:
+            from gyrocompass.recipe.life.play import live
+        except ImportError as error:
+            raise MissingDependency(error.name or "fastapi", extra="serve", needed_for="gyro demo") from error
+        live(recipe, Store(options.store, options.store_url), Console(), small=options.small)
+    return status
 
 
 def run(options: argparse.Namespace) -> int:

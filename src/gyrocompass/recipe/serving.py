@@ -1,6 +1,6 @@
 """A server of a registered name: what the registry and the rollouts say becomes lanes that follow them.
 
-    store, name --follow--> Following, and what has to run beside it
+store, name --follow--> Following, and what has to run beside it
 """
 
 from __future__ import annotations
