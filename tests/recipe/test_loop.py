@@ -186,6 +186,7 @@ def test_a_bad_challenger_is_refused_and_a_bad_canary_is_taken_back(place: Place
     assert champion(place.store, "m").version == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_person_has_the_last_word(place: Place) -> None:
     place.write(rule=RULE.replace("]", ", {kind: approval, by: [ann]}]"))
     place.decide(3)
@@ -205,6 +206,7 @@ def test_without_consent_there_is_nothing_to_learn(place: Place) -> None:
     assert cycle is not None and cycle.state == "nothing to learn" and "3 reviews are left out" in cycle.told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["_export", "_train", "_register", "_judge", "_try"])
 def test_a_killed_step_is_done_once(place: Place, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Killed after the step's work, before it is written down: nothing is lost, nothing is done twice."""
@@ -308,6 +310,7 @@ def test_bad_words_and_names_are_told(place: Place) -> None:
         place.go()
 
 
+@pytest.mark.slow
 def test_the_command_line(place: Place, gyro: Callable[..., tuple[int, str, str]]) -> None:
     where = ("--store", place.store.root)
     code, out, _ = gyro("loop", place.file, "--once", *where)

@@ -148,10 +148,11 @@ def write_rules(files: Files, recipe: Recipe, *, calibrated: bool, verdicts: int
     _write(files.folder / "canary.yaml", {"mode": "canary", "share": 0.4, "guardrails": canary})
     _write(files.folder / "challenger.yaml", _challenger(files, recipe, steps))
     loop = {
-        "name": NAME, "recipe": "challenger.yaml", "model": "tuned", "calibration": "calibrated_answers",
-        "policy": "policy.yaml", "rule": "rule.yaml", "rollout": "ab.yaml",
-        "trigger": {"verdicts": verdicts},
+        "name": NAME, "recipe": "challenger.yaml", "model": "tuned", "policy": "policy.yaml",
+        "rule": "rule.yaml", "rollout": "ab.yaml", "trigger": {"verdicts": verdicts},
     }  # fmt: skip
+    if calibrated:
+        loop["calibration"] = "calibrated_answers"
     _write(files.loop, loop)
 
 

@@ -2,8 +2,8 @@
 
 Users stand in the middle of a line, in modules that nothing was trained on, where the language itself goes
 on: with a keyword, `self` or a sign. A completion is right if its first word is the real one. A few ask for
-what must not be answered, a few for what the model cannot know. The reviewer lets right completions stand, writes
-the real rest of the line where they are not, and rejects what is no code.
+what must not be answered, a few for what the model cannot know. The reviewer lets right completions stand,
+writes the real rest of the line where they are not, and rejects what is no code.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ FEW_TOKENS = 0.5
 """Of an equal share."""
 HEAVY = 0.3
 """Of a slice's excess loss in its five heaviest documents."""
+LEAST_DOCUMENTS = 20
+"""Held out in a slice, below which nothing is said of how its loss is spread."""
 _SHOWN = 3
 
 
@@ -108,7 +110,8 @@ def _heavy(ledger: Ledger, name: str) -> tuple[tuple[str, ...], float]:
     excess_R = value_R - count_R * value_R.sum() / count_R.sum()
     order = np.argsort(-excess_R, kind="stable")
     above = float(excess_R[excess_R > 0].sum())
-    share = float(np.maximum(excess_R[order[:5]], 0).sum()) / above if above > 0 else 0.0
+    enough = above > 0 and len(documents) >= LEAST_DOCUMENTS
+    share = float(np.maximum(excess_R[order[:5]], 0).sum()) / above if enough else 0.0
     return tuple(documents[row] for row in order[:_SHOWN]), share
 
 
