@@ -22,6 +22,7 @@ from gyrocompass.core.store import Store
 from gyrocompass.core.tables import ListingRow
 from gyrocompass.core.tables_serving import AdminAct
 from gyrocompass.govern.card import learned_from, model_card
+from gyrocompass.govern.mirror import mirror
 from gyrocompass.govern.promote import PromotionRule, promote, scores_of
 from gyrocompass.govern.registry import champion, drop_alias, point, register, resolve, roll_back, versions
 from gyrocompass.measure.intervals import slice_scores
@@ -279,3 +280,40 @@ def test_from_the_command_line(run_store: tuple[Store, dict[str, str]], tmp_path
 def test_a_rule_says_something() -> None:
     with pytest.raises(ConfigError):
         rule_of()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of SQLAlchemy
+def test_mlflow_shows_the_same(store: Store, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    policy = artifact(store, "policy", "p")
+    register(store, "m", artifact(store, "model", "a"), "ann")
+    register(store, "m", artifact(store, "model", "b"), "ann", policy)
+    point(store, "m", "shadow", 2, "ann")
+    promote(store, "m", 1, ANN, "ann", ["ann"])
+    assert mirror(store, uri)[1:] == (1, 2, 2) and mirror(store, uri)[1:] == (0, 0, 0)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert dict(client.get_registered_model("m").aliases) == {"champion": "1", "shadow": "2"}
+    second = client.get_model_version("m", "2")
+    assert second.tags["gyro.artifact"] == versions(store, "m")[1].artifact_id
+    assert second.tags["gyro.policy"] == policy
+    drop_alias(store, "m", "shadow", "ann")
+    promote(store, "m", 2, ANN, "ann", ["ann"])
+    assert mirror(store, uri)[1:] == (0, 0, 2)
+    assert dict(client.get_registered_model("m").aliases) == {"champion": "2"}
+    other = Store(tmp_path / "other")
+    register(other, "m", artifact(other, "model", "z"), "ann")
+    with pytest.raises(BadInput, match="MLflow has another m:1"):
+        mirror(other, uri)
+
+
+def test_a_policy_moves_with_its_model(store: Store) -> None:
+    model, policy = artifact(store, "model", "a"), artifact(store, "policy", "p")
+    assert register(store, "m", model, "ann").policy_id is None
+    assert register(store, "m", model, "ann", policy).version == 2  # another version: it answers otherwise
+    assert register(store, "m", model, "ann", policy).version == 2
+    with pytest.raises(BadInput, match="not a policy"):
+        register(store, "m", model, "ann", model)
+    with pytest.raises(BadInput, match="a model has a policy"):
+        register(store, "p", policy, "ann", policy)

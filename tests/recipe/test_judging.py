@@ -257,3 +257,19 @@ def test_settings_of_sampling_are_swept(
     assert warm["figures"]["self-BLEU"]["value"] < cold["figures"]["self-BLEU"]["value"]
     page = (tmp_path / "store" / "runs" / "eval" / "evaluation.html").read_text()
     assert "Quality against diversity" in page and "T 2, top-p 0.9" in page
+
+
+def test_exposure_is_told_side_by_side(
+    model: Path, gyro: Callable[..., tuple[int, str, str]], tmp_path: Path, finished_run: FinishedRun
+) -> None:
+    lines = [{"context": f"key {n}:", "canary": f" {n}47-ab"} for n in range(4)]
+    (tmp_path / "canaries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = ("exposure", model, model, "--canaries", tmp_path / "canaries.jsonl", "--candidates", 32)
+    code, out, _ = gyro(*asked, "--store", finished_run.store)
+    assert code == 0 and "from the first model to the last: +0.00 bits [+0.00, +0.00], 4 canaries" in out
+    code, out, _ = gyro(*asked, "--store", finished_run.store, "--json")
+    told = json.loads(out)
+    assert len(told["canaries"]) == 4 and told["canaries"][0]["most"] == 5.0
+    (tmp_path / "canaries.jsonl").write_text('{"context": "x"}')
+    code, _, err = gyro(*asked, "--store", finished_run.store)
+    assert code == 2 and "canaries.jsonl:1" in err

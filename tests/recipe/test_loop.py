@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from sqlalchemy import insert
 
+from gyrocompass.core.acts import check_chain
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import BadInput, ConfigError, DamagedArtifact, GyroError
 from gyrocompass.core.folder import locked
@@ -23,8 +24,10 @@ from gyrocompass.core.store import Store
 from gyrocompass.core.tables_serving import EventRow
 from gyrocompass.govern.promote import PromotionRule, promote
 from gyrocompass.govern.registry import champion, register, versions
+from gyrocompass.govern.retrain import marked
 from gyrocompass.govern.rollout import running
 from gyrocompass.measure.ledger import Ledger
+from gyrocompass.recipe.forgetting import trace
 from gyrocompass.recipe.loop.config import Loop, Trigger
 from gyrocompass.recipe.loop.cycle import Cycle, cycles, run_loop
 from gyrocompass.recipe.loop.suggest import suggestions
@@ -32,6 +35,7 @@ from gyrocompass.recipe.loop.triggers import decided, due
 from gyrocompass.recipe.run import read_run
 from gyrocompass.serve.answer import Answered, Asked, Token
 from gyrocompass.serve.review import Reviews, ReviewSettings, Verdict
+from gyrocompass.serve.sessions import secret_of, user_hash
 from tiny_recipe import FinishedRun
 
 ANN = parse(PromotionRule, {"name": "r", "clauses": [{"kind": "approval", "by": ["ann"]}]}, "rule")
@@ -93,15 +97,15 @@ class Place:
         for name, text in (("rule", rule), ("rollout", rollout), ("loop", loop)):
             (folder / f"{name}.yaml").write_text(text)
 
-    def decide(self, count: int, consent: bool = True) -> None:
-        """People look at answers, and let them stand."""
+    def decide(self, count: int, consent: bool = True, user: str = "u") -> None:
+        """People look at answers to a user, and let them stand."""
         queue = Reviews(self.store.database, ReviewSettings(double_share=0.0))
         begin = decided(self.store)
         for number in range(begin, begin + count):
             said = [{"role": "user", "content": f"What is {number}?"}]
             asked = Asked(
                 f"{number:032x}", "chat", f"What is {number}?", said,
-                "", "u", "", "", 10, None, time.time(), consent,
+                "", user, "", "", 10, None, time.time(), consent,
             )  # fmt: skip
             answer = Answered(
                 f"It is {number}.", [Token("It", 1, -0.1, 0.2, [])], "stop", 3, 0.0, 0.0, 0.0, "embedded"
@@ -234,6 +238,35 @@ def test_a_killed_step_is_done_once(place: Place, monkeypatch: pytest.MonkeyPatc
     assert trial is not None and trial.id == cycle.rollout
     lines = (place.store.open(str(cycle.feedback)).path / "sft.jsonl").read_text().splitlines()
     assert len(lines) == 3 and module._save is saved
+
+
+def test_a_user_is_forgotten_and_what_learned_from_them_is_trained_again(place: Place, gyro: Any) -> None:
+    store, where = place.store, ("--store", place.store.root)
+    eve = user_hash(secret_of(store.root).hex(), "eve")
+    place.decide(2, user=eve)
+    place.decide(3)
+    place.write(rule="name: r\nclauses: [{kind: likelihood, margin: 0.5}]\n")
+    cycle = place.go()
+    assert cycle is not None and cycle.state == "champion" and cycle.model is not None
+    traces = trace(store, "eve")
+    assert (len(traces.reviews), len(traces.documents), traces.models) == (2, 2, (cycle.model,))
+    code, out, _ = gyro("forget", "--user", "eve", "--dry-run", *where)
+    assert code == 0 and f"{cycle.model}: learned from it" in out and len(trace(store, "eve").reviews) == 2
+    code, out, _ = gyro("forget", "--user", "eve", "--workers", 1, "--by", "ann", *where)
+    assert code == 0 and "to be trained again" in out
+    code, _, err = gyro("forget", "--user", "eve", *where)
+    assert code == 2 and "nothing here is of the user 'eve'" in err
+    assert not store.folders("feedback") and marked(store) == {cycle.model}
+    assert check_chain(store.database) is None
+    kept = [path for path in store.root.rglob("*") if path.is_file() and b"What is 0?" in path.read_bytes()]
+    assert kept == []  # nothing that eve asked is left, in no file
+    again = place.go()
+    assert again is not None and again.number == 2 and again.state == "champion"
+    assert again.why == "the champion learned from what was forgotten"
+    assert again.base == versions(store, "m")[0].artifact_id  # from the version that never saw it
+    assert again.model not in marked(store) and place.go() == again
+    exported = (store.open(str(again.feedback)).path / "sft.jsonl").read_text().splitlines()
+    assert len(exported) == 3
 
 
 def test_only_one_loop_runs(place: Place) -> None:

@@ -1,4 +1,4 @@
-"""`gyro forget`: a document is taken out of what is stored, and no later version reads it."""
+"""`gyro forget`: a document, or a user, is taken out of what is stored, and no later version reads it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from gyrocompass.core.store import Store
 from gyrocompass.data.curate.build import Builder
 from gyrocompass.data.curate.forget import Forgetting, Forgotten, carry_out, plan_to_forget
 from gyrocompass.data.curate.versions import read_facts
+from gyrocompass.govern.retrain import mark
 
 
 def forget(options: argparse.Namespace) -> int:
     """Say what saw the document and, unless it is a dry run, take it out."""
     store = Store(options.store, options.store_url, make=False)
+    if options.user:
+        return _forget_user(options, store)
     forgetting = plan_to_forget(store, options.document)
     console = Console()
     _show_plan(forgetting, console)
@@ -25,7 +28,36 @@ def forget(options: argparse.Namespace) -> int:
         return 0
     with executor_of(options) as executor, Progress() as progress:
         done = carry_out(Builder(store, executor, progress), forgetting, options.reason)
+    models = [entry.id for entry in forgetting.learned if entry.learned and entry.kind == "model"]
+    mark(store, models, f"document {forgetting.document_id} was forgotten", options.by)
     _show_done(forgetting, done, console)
+    return 0
+
+
+def _forget_user(options: argparse.Namespace, store: Store) -> int:
+    from gyrocompass.recipe.forgetting import forget as forget_user
+    from gyrocompass.recipe.forgetting import trace
+
+    traces = trace(store, options.document)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"user {traces.user}: {traces.events:,} events, {len(traces.reviews):,} reviews, "
+        f"{len(traces.feedback):,} artifacts of feedback, {len(traces.documents):,} documents made of them"
+    )
+    for one in traces.models:
+        console.print(f"  {one}: learned from it")
+    if options.dry_run:
+        console.print("nothing was changed: this was a dry run")
+        return 0
+    with executor_of(options) as executor, Progress() as progress:
+        done = forget_user(Builder(store, executor, progress), traces, options.by, options.reason)
+    for folder in done.deleted:
+        console.print(f"deleted {folder}")
+    console.print(f"deleted {done.rows:,} rows of the database")
+    if traces.models:
+        console.print("marked, to be trained again without it (a loop of theirs does so):")
+        for one in traces.models:
+            console.print(f"  {one}")
     return 0
 
 

@@ -329,7 +329,9 @@ def _add_registry(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     alias.add_argument("name")
     alias.add_argument("alias")
     alias.add_argument("version", type=_at_least(1))
-    for one in (add, list_, alias):
+    mirror = _add(actions, "mirror", "show all names, versions and aliases in MLflow's registry too")
+    mirror.add_argument("--uri", help="of MLflow's store (default: mlflow.db in the store)")
+    for one in (add, list_, alias, mirror):
         _who_option(one)
         _store_options(one)
     card = _add(verbs, "card", "a model's card: what it learned from, what was measured, what was not")
@@ -465,12 +467,23 @@ def _add_data(verbs: _Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _add_forget(verbs: _Verbs[argparse.ArgumentParser]) -> None:
-    verb = _add(verbs, "forget", "take a document out of all stored data, and keep it out of later versions")
-    verb.add_argument("document", help="its id (a unique beginning will do) or its path (or the end of it)")
+    verb = _add(verbs, "forget", "take a document, or a user, out of all stored data and of later versions")
+    verb.add_argument(
+        "document",
+        help="its id (a unique beginning will do) or its path (or the end of it); with --user, a user's name",
+    )
+    verb.add_argument("--user", action="store_true", help="forget a user, by the name that requests gave")
     verb.add_argument("--reason", default="", help="a remark for the opt-out list")
     verb.add_argument("--dry-run", action="store_true", help="show what saw it and what would go, and stop")
+    _who_option(verb)
     _worker_options(verb)
     _store_options(verb)
+    exposure = _add(verbs, "exposure", "how far models recite what stood in their data, before and after")
+    exposure.add_argument("models", nargs="+", help="folders, ids, NAME:VERSION or NAME@ALIAS")
+    exposure.add_argument("--canaries", type=_path, required=True, help="JSONL: context and canary")
+    exposure.add_argument("--candidates", type=_at_least(2), default=256, help="texts ranked (default 256)")
+    exposure.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _store_options(exposure)
 
 
 def _worker_options(verb: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from gyrocompass.core.errors import BadInput
@@ -10,7 +11,7 @@ from gyrocompass.core.store import Store
 
 
 def model_folder(options: argparse.Namespace) -> Path:
-    """The folder of `options.model`: a path, the id of a model artifact in the store, or NAME@ALIAS.
+    """The folder of `options.model`: a path, the id of a model artifact, NAME:VERSION or NAME@ALIAS.
 
     Raises:
         BadInput: it is neither.
@@ -18,7 +19,7 @@ def model_folder(options: argparse.Namespace) -> Path:
     path = Path(options.model)
     if path.is_dir():
         return path
-    if "@" in options.model and options.store.is_dir():
+    if re.search("[@:]", options.model) and "/" not in options.model and options.store.is_dir():
         from gyrocompass.govern.registry import resolve
 
         store = Store(options.store, options.store_url, make=False)

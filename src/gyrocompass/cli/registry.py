@@ -30,6 +30,14 @@ def registry(options: argparse.Namespace) -> int:
         point(store, options.name, options.alias, options.version, options.by)
         print(f"{options.name}@{options.alias} is {options.name}:{options.version}")
         return 0
+    if options.action == "mirror":
+        from gyrocompass.govern.mirror import mirror
+
+        done = mirror(store, options.uri)
+        print(
+            f"{done.uri}: {done.names} new names, {done.versions} new versions, {done.aliases} aliases moved"
+        )
+        return 0
     known = versions(store, options.name)
     if options.json:
         print(json.dumps([one._asdict() for one in known], indent=2))

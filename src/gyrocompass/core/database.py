@@ -164,6 +164,7 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
     # Python's driver begins transactions late and not before DDL; SQLAlchemy begins them here instead.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in free pages
 
 
 def _begin_sqlite(connection: Connection) -> None:

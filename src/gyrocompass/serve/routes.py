@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import secrets
 import time
@@ -24,6 +22,7 @@ from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.keys import Caller
 from gyrocompass.serve.metrics import Metrics
 from gyrocompass.serve.services import Lane, ServeSettings, Services, Way
+from gyrocompass.serve.sessions import user_hash
 from gyrocompass.serve.streams import (
     ChatChunks,
     Chunks,
@@ -86,7 +85,7 @@ class Routes:
 
     def __init__(self, services: Services, settings: ServeSettings, metrics: Metrics) -> None:
         self._services, self._settings, self._metrics = services, settings, metrics
-        self._secret = settings.user_secret.encode() or secrets.token_bytes(32)
+        self._secret = settings.user_secret or secrets.token_hex(32)
 
     def router(self) -> APIRouter:
         """All routes."""
@@ -345,7 +344,7 @@ class Routes:
     def _way(self, caller: Caller, named: str | None) -> tuple[str, Way]:
         """The keyed hash of a user, and where the request goes; it stays there."""
         user = named or caller.id
-        hashed = hmac.new(self._secret, user.encode(), hashlib.sha256).hexdigest()[:32] if user else ""
+        hashed = user_hash(self._secret, user) if user else ""
         return hashed, self._services.ways.of(hashed)
 
     async def _caller(self, request: Request) -> Caller:

@@ -26,6 +26,11 @@ COOKIE = "gyro_session"
 _LIFE_S = 12 * 3600.0
 
 
+def user_hash(secret: str, user: str) -> str:
+    """How a user is known in the database: HMAC-SHA256 of the name under the server's secret."""
+    return hmac.new(secret.encode(), user.encode(), hashlib.sha256).hexdigest()[:32]
+
+
 class Session(NamedTuple):
     """Who sits at the page."""
 

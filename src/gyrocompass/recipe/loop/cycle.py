@@ -26,6 +26,7 @@ from gyrocompass.core.folder import locked, write_whole
 from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import Decision, promote, scores_of
 from gyrocompass.govern.registry import Version, champion, register
+from gyrocompass.govern.retrain import marked, untouched
 from gyrocompass.govern.rollout import Rollout, rollouts, settle, start, stop
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.recipe.loop.config import Loop
@@ -151,17 +152,26 @@ def _current(loop: Loop, store: Store, now: float) -> Cycle | None:
     last = known[-1] if known else None
     if last is not None and last.state not in ENDED:
         return last
+    now_champion = champion(store, loop.config.name)
+    assert now_champion is not None, "checked before"
+    touched = now_champion.artifact_id in marked(store)
     why = due(
         store,
         loop.config.trigger,
         now=now,
         last_at=None if last is None else last.began_at,
         last_decided=0 if last is None else last.decided,
+        touched=touched,
     )
     if why is None:
         return last
-    base = champion(store, loop.config.name)
-    assert base is not None, "checked before"
+    base = untouched(store, loop.config.name) if touched else now_champion
+    if base is None:
+        raise GyroError(
+            f"every version of {loop.config.name} learned from what was forgotten",
+            where=loop.path,
+            fix="run the recipe that made the first one again, and register and promote what it makes",
+        )
     fresh = Cycle(number=len(known) + 1, began_at=now, decided=decided(store), base=base.artifact_id, why=why)
     return _save(loop, store, fresh)
 

@@ -21,7 +21,13 @@ def decided(store: Store) -> int:
 
 
 def due(
-    store: Store, trigger: Trigger, *, now: float, last_at: float | None, last_decided: int
+    store: Store,
+    trigger: Trigger,
+    *,
+    now: float,
+    last_at: float | None,
+    last_decided: int,
+    touched: bool = False,
 ) -> str | None:
     """Why a cycle is due; None: it is not.
 
@@ -34,8 +40,11 @@ def due(
         now: seconds since 1970.
         last_at: when the last cycle began; None: there was none.
         last_decided: what `decided` was then.
+        touched: whether the champion has to be trained again, since what it learned from was forgotten.
     """
     new = decided(store) - last_decided
+    if touched and decided(store):
+        return "the champion learned from what was forgotten"
     if new <= 0:
         return None
     if trigger.verdicts is not None and new >= trigger.verdicts:
