@@ -179,11 +179,21 @@ def test_a_finished_stage_forgets_its_work(store: Store) -> None:
     assert not any((store.root / "work").glob("*")), done
 
 
-def test_a_damaged_artifact_is_named_not_reused(store: Store) -> None:
+def test_a_damaged_artifact_is_named_set_aside_and_made_again(store: Store) -> None:
     done = run(STAGES, store)
     (done["a"].artifact.path / "value").write_text("8", encoding="utf-8")
     with pytest.raises(DamagedArtifact, match="value"):
-        run(STAGES, store)
+        plan(STAGES, store)
+    told: list[str] = []
+    progress = Progress(quiet=True)
+    progress.note = told.append  # type: ignore[method-assign]
+    again = {one.name: one for one in execute(STAGES, store, progress, World())}
+    assert not again["a"].reused and again["a"].artifact.id == done["a"].artifact.id
+    assert (again["a"].artifact.path / "value").read_text() != "8"
+    assert all(again[name].reused for name in STAGES if name != "a")  # what was made from it stays
+    assert "a: " in told[0] and "value" in told[0] and "made again" in told[0]
+    (aside,) = (store.root / "damaged").iterdir()
+    assert (aside / "value").read_text() == "8"
 
 
 def test_a_stage_that_another_process_runs_is_left_to_it(store: Store) -> None:

@@ -107,6 +107,16 @@ class Store:
             return None
         return self._read(artifact_id, verify=verify)
 
+    def set_aside(self, key: str) -> Path:
+        """Move the artifact that a stage made out of the way, so that it is made again; where it is now."""
+        with self.database.read() as connection:
+            artifact_id = connection.scalar(select(StageRow.artifact_id).where(StageRow.key == key))
+        aside = self.root / "damaged"
+        aside.mkdir(exist_ok=True)
+        target = next(path for n in itertools.count(1) if not (path := aside / f"{artifact_id}.{n}").exists())
+        (self._artifacts / str(artifact_id)).rename(target)
+        return target
+
     @contextmanager
     def create(
         self,

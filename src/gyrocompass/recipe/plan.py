@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gyrocompass.core.artifact import Artifact, Draft
-from gyrocompass.core.errors import ConfigError, GyroError
+from gyrocompass.core.errors import ConfigError, DamagedArtifact, GyroError
 from gyrocompass.core.progress import Progress
 from gyrocompass.core.store import Store
 from gyrocompass.model.fit import check_context
@@ -137,7 +137,7 @@ def execute(
         key = stage.key({role: artifact.id for role, artifact in inputs.items()})
         started = time.perf_counter()
         # Only the first rank looks: another might see what the first has meanwhile written.
-        found = store.find(key) if world.is_first else None
+        found = _find(store, key, name, progress) if world.is_first else None
         reused = world.gather_json(found is not None)[0]
         if not reused:
             work = store.work_dir(key)
@@ -147,6 +147,16 @@ def execute(
         assert artifact is not None, "the first rank has written it"
         done[name] = artifact
         yield Done(name, stage, artifact, reused, time.perf_counter() - started)
+
+
+def _find(store: Store, key: str, name: str, progress: Progress) -> Artifact | None:
+    """What the stage made, if it is whole; what is damaged is set aside, and the stage makes it again."""
+    try:
+        return store.find(key)
+    except DamagedArtifact as error:
+        aside = store.set_aside(key)
+        progress.note(f"{name}: {error.what} ({error.where}); set aside as {aside}, and made again")
+        return None
 
 
 def _run(workplace: Workplace, stage: Stage, key: str) -> None:
