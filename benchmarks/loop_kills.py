@@ -73,7 +73,8 @@ def prepare(folder: Path) -> Path:
     data = folder / "data"
     data.mkdir()
     for number in range(12):
-        (data / f"{number}.py").write_text(f"def add_{number}(first, second):\n    return first + {number}\n" * 3)
+        text = f"def add_{number}(first, second):\n    return first + {number}\n" * 3
+        (data / f"{number}.py").write_text(text)
     first, challenger = recipes(data)
     rule = {"name": "r", "clauses": [{"kind": "rollout"}]}
     plan = {"mode": "ab", "share": 0.5, "guardrails": [GUARDRAIL], "most_users": 60}
@@ -100,7 +101,8 @@ def decide(store: Store, number: int) -> None:
     asked = Asked(
         f"{number:032x}", "chat", said[0]["content"], said, "", "u", "", "", 10, None, time.time(), True
     )
-    answer = Answered(f"It is {number}.", [Token("It", 1, -0.1, 0.2, [])], "stop", 3, 0.0, 0.0, 0.0, "embedded")
+    token = Token("It", 1, -0.1, 0.2, [])
+    answer = Answered(f"It is {number}.", [token], "stop", 3, 0.0, 0.0, 0.0, "embedded")
     queue = Reviews(store.database, ReviewSettings(double_share=0.0))
     item = asyncio.run(queue.put(asked, answer, ["r"], None, 1.0))
     queue.claim_one(item, "eve")
@@ -194,15 +196,14 @@ def main() -> None:
                 users += 8
                 time.sleep(draw.uniform(0.02, 0.2))
             gone, status = os.waitpid(child, os.WNOHANG)
-            assert gone == 0, f"the loop ended by itself ({status}): {(folder / 'loop.log').read_text()[-2000:]}"
+            said = (folder / "loop.log").read_text()[-2000:]
+            assert gone == 0, f"the loop ended by itself ({status}): {said}"
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
         child = spawn(file, folder)
         end = time.monotonic() + 300
-        while time.monotonic() < end and (
-            not (known := cycles(store, "m")) or known[-1].state not in ENDED
-        ):
+        while time.monotonic() < end and (not (known := cycles(store, "m")) or known[-1].state not in ENDED):
             traffic(store, users, 8)
             users += 8
             time.sleep(0.1)
