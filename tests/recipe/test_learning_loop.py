@@ -276,6 +276,31 @@ def test_only_one_loop_runs(place: Place) -> None:
             pool.submit(place.go).result()
 
 
+def test_a_database_that_goes_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gyrocompass.recipe.loop import cycle as module
+
+    here, failing = module._current, iter([True, True, False, True])
+    pauses: list[float] = []
+
+    def away(*arguments: Any) -> Any:
+        if next(failing, False):
+            raise GyroError("the store's database does not work")
+        return here(*arguments)
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_current", away)
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(Loop(place.file), place.store, Console(quiet=True), sleep=sleep)
+    assert pauses == [0.02, 0.04, 0.01, 0.02, 0.01]  # longer each time, and from the start when it is back
+    monkeypatch.setattr(module, "_current", lambda *_: (_ for _ in ()).throw(BadInput("a mistake")))
+    with pytest.raises(BadInput, match="a mistake"):
+        run_loop(Loop(place.file), place.store, Console(quiet=True), sleep=sleep)
+
+
 def test_triggers(place: Place) -> None:
     def why(last_at: float | None = 0.0, last: int = 0, now: float = 1e6, **trigger: Any) -> str | None:
         return due(place.store, Trigger(**trigger), now=now, last_at=last_at, last_decided=last)

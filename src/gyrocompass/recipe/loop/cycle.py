@@ -21,7 +21,7 @@ from rich.console import Console
 
 from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.config import Config, parse
-from gyrocompass.core.errors import BadInput, DamagedArtifact, GyroError
+from gyrocompass.core.errors import BadInput, DamagedArtifact, GyroError, Interrupted
 from gyrocompass.core.folder import locked, write_whole
 from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import Decision, promote, scores_of
@@ -46,6 +46,8 @@ ENDED: tuple[State, ...] = (
     "nothing to learn", "refused", "rolled back", "undecided", "champion", "overtaken", "given up",
 )  # fmt: skip
 BY = "gyro loop"
+_MOST_PAUSE_S = 600.0
+"""Between tries of what fails."""
 
 
 class Cycle(Config):
@@ -110,10 +112,23 @@ def run_loop(
             )
         if give_up:
             _give_up(loop, store, now())
+        failures = 0
         while True:
-            cycle = _current(loop, store, now())
-            if cycle is not None and cycle.state not in ENDED:
-                cycle = _carry_on(loop, store, cycle, console, now)
+            try:
+                cycle = _current(loop, store, now())
+                if cycle is not None and cycle.state not in ENDED:
+                    cycle = _carry_on(loop, store, cycle, console, now)
+            except (BadInput, Interrupted):
+                raise
+            except GyroError as error:  # a database that is away, a disk that is full: it may pass
+                if once:
+                    raise
+                failures += 1
+                pause_s = min(_MOST_PAUSE_S, loop.config.poll_s * 2**failures)
+                console.print(f"tried again in {pause_s:.0f} s: {error}", highlight=False, markup=False)
+                sleep(pause_s)
+                continue
+            failures = 0
             if once:
                 return cycle
             sleep(loop.config.poll_s)
