@@ -16,7 +16,11 @@ from hypothesis import strategies as st
 from parrot import Parrot
 from starlette.testclient import TestClient
 
+from gyrocompass.core.config import parse
 from gyrocompass.core.store import Store
+from gyrocompass.govern.promote import PromotionRule, promote
+from gyrocompass.govern.registry import register
+from gyrocompass.govern.rollout import RolloutPlan, start
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.assembly import assemble, make_lane
@@ -185,3 +189,17 @@ def test_reports_of_runs_are_shown_without_scripts(client: TestClient, store: St
     assert 'href="/report/demo/report"' in client.get("/models").text
     page = client.get("/report/demo/report")
     assert page.text == "<h1>Report</h1>" and "sandbox" in page.headers["content-security-policy"]
+
+
+def test_versions_are_shown_with_aliases_and_trials(client: TestClient, store: Store) -> None:
+    for text in "ab":
+        with store.create(f"model{text}", "model") as draft:
+            (draft.path / "x").write_text(text)
+        register(store, "helper", draft.artifact.id, "ann<b>")
+    rule = parse(PromotionRule, {"name": "r", "clauses": [{"kind": "approval", "by": ["ann"]}]}, "rule")
+    promote(store, "helper", 1, rule, "ann", ["ann"])
+    guardrails = [{"measure": "failed", "margin": 0.1}]
+    start(store, "helper", 2, parse(RolloutPlan, {"mode": "canary", "guardrails": guardrails}, "plan"), "ann")
+    page = client.get("/models").text
+    assert "helper:1" in page and "champion" in page and "canary: running" in page
+    assert "ann&lt;b&gt;" in page and "ann<b>" not in page

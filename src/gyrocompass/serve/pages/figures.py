@@ -13,6 +13,7 @@ import numpy as np
 from sqlalchemy import select
 
 from gyrocompass.core.store import Store
+from gyrocompass.core.tables_registry import AliasRow, RolloutRow, VersionRow
 from gyrocompass.core.tables_serving import EventRow, ReviewRow, VerdictRow
 from gyrocompass.measure.drift import Watched, watch
 from gyrocompass.measure.intervals import Estimate
@@ -118,6 +119,29 @@ def models(store: Store) -> list[dict[str, Any]]:
                 }
             )
     return sorted(found, key=lambda model: model["made"], reverse=True)
+
+
+def registered(store: Store) -> list[dict[str, Any]]:
+    """Versions of every name, the newest first, with their aliases and how their trials on users went."""
+    with store.database.read() as connection:
+        aliases = connection.execute(select(AliasRow.__table__)).all()
+        trials = connection.execute(select(RolloutRow.__table__).order_by(RolloutRow.at)).all()
+        rows = connection.execute(select(VersionRow.__table__).order_by(VersionRow.at.desc())).all()
+    found = []
+    for row in rows:
+        mine = (row.name, row.version)
+        tried = [one for one in trials if (one.name, one.version) == mine]
+        found.append(
+            {
+                "name": f"{row.name}:{row.version}",
+                "aliases": sorted(one.alias for one in aliases if (one.name, one.version) == mine),
+                "artifact": row.artifact_id,
+                "policy": row.policy_id or "",
+                "trials": [f"{one.plan['mode']}: {one.state} {one.why}".strip() for one in tried],
+                "by": row.by,
+            }
+        )
+    return found
 
 
 def reports(store: Store) -> list[str]:

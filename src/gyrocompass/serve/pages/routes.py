@@ -211,6 +211,7 @@ class _Pages:
 
         async def content() -> dict[str, Any]:
             return {
+                "versions": await asyncio.to_thread(figures.registered, self._store),
                 "models": await asyncio.to_thread(figures.models, self._store),
                 "reports": await asyncio.to_thread(figures.reports, self._store),
             }
