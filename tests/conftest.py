@@ -1,13 +1,17 @@
-"""One finished run of the tiny recipe, for all tests that only read, and commands as a user types them."""
+"""One finished run of the tiny recipe, commands as a user types them, and databases of both sorts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from gyrocompass.cli.main import main
 from gyrocompass.core.store import Store
@@ -55,3 +59,22 @@ def model_folder(finished_run: FinishedRun) -> Path:
 def speaking(model_folder: Path) -> tuple[Any, Any]:
     model = open_model(model_folder, dtype=torch.float32, device=torch.device("cpu"))
     return model, load_tokenizer(model_folder)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The URL of an empty database, or None for SQLite in the store's folder."""
+    if request.param == "sqlite":
+        yield None
+        return
+    server = os.environ.get("GYRO_TEST_POSTGRES_URL")
+    if not server:
+        pytest.skip("GYRO_TEST_POSTGRES_URL names no server")
+    schema = f"gyro_test_{secrets.token_hex(6)}"
+    url = make_url(server).set(drivername="postgresql")
+    engine = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA {schema}"))
+    yield url.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))

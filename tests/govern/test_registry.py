@@ -47,8 +47,8 @@ def artifact(store: Store, kind: str, text: str) -> str:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path, store_url: str | None) -> Store:
+    return Store(tmp_path / "store", store_url)
 
 
 def test_versions_are_added_and_found(store: Store) -> None:

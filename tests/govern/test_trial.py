@@ -42,9 +42,9 @@ def plan_of(mode: str = "ab", **changes: Any) -> RolloutPlan:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path, store_url: str | None) -> Store:
     """With a champion, version 1, and versions 2 and 3."""
-    found = Store(tmp_path / "store")
+    found = Store(tmp_path / "store", store_url)
     for text in "abc":
         with found.create(f"model{text}", "model") as draft:
             (draft.path / "x").write_text(text)
@@ -222,9 +222,9 @@ def test_bad_input_is_told(store: Store) -> None:
             plan_of(**{"mode": "ab", **changes})
 
 
-def test_the_command_line(store: Store, gyro: Any, tmp_path: Path) -> None:
+def test_the_command_line(store: Store, store_url: str | None, gyro: Any, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("mode: canary\nguardrails: [{measure: failed, margin: 0.05}]\n")
-    where = ("--store", store.root)
+    where = ("--store", store.root, *(() if store_url is None else ("--store-url", store_url)))
     code, out, _ = gyro("rollout", "start", "m", 2, "--plan", tmp_path / "plan.yaml", *where)
     assert code == 0 and "m:2 is tried as canary on 10% of the users, beside m:1" in out
     rollout = running(store, "m")

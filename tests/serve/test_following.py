@@ -37,8 +37,8 @@ GUARDRAILS = [{"measure": "failed", "margin": 0.1}]
 class Served:
     """A registry with three versions, and a server whose backends are parrots by version."""
 
-    def __init__(self, folder: Path, serve: Callable[[Any], str]) -> None:
-        self.store = Store(folder / "store")
+    def __init__(self, folder: Path, serve: Callable[[Any], str], store_url: str | None) -> None:
+        self.store = Store(folder / "store", store_url)
         for text in "abc":
             with self.store.create(f"model{text}", "model") as draft:
                 (draft.path / "x").write_text(text)
@@ -92,8 +92,8 @@ class Served:
 
 
 @pytest.fixture
-def server(tmp_path: Path, served: Callable[[Any], str]) -> Iterator[Served]:
-    yield Served(tmp_path, served)
+def server(tmp_path: Path, store_url: str | None, served: Callable[[Any], str]) -> Iterator[Served]:
+    yield Served(tmp_path, served, store_url)
 
 
 def test_a_rollback_loses_no_request_and_takes_less_than_two_seconds(server: Served) -> None:
