@@ -174,6 +174,12 @@ def count(store: Store) -> dict[str, int]:
     }
 
 
+def done(store: Store, decided: int) -> bool:
+    """Whether the last cycle has ended, and too few verdicts are left for another."""
+    known = cycles(store, "m")
+    return bool(known) and known[-1].state in ENDED and decided - known[-1].decided < VERDICTS
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--kills", type=int, default=100)
@@ -187,7 +193,7 @@ def main() -> None:
         decided = users = kills = 0
         while kills < given.kills:
             child = spawn(file, folder)
-            until = time.monotonic() + draw.uniform(0.1, 4.0)
+            until = time.monotonic() + draw.uniform(0.1, 6.0)
             while time.monotonic() < until:
                 if draw.random() < 0.3:
                     decide(store, decided)
@@ -203,7 +209,7 @@ def main() -> None:
             kills += 1
         child = spawn(file, folder)
         end = time.monotonic() + 300
-        while time.monotonic() < end and (not (known := cycles(store, "m")) or known[-1].state not in ENDED):
+        while time.monotonic() < end and not done(store, decided):
             traffic(store, users, 8)
             users += 8
             time.sleep(0.1)

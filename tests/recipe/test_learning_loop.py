@@ -276,6 +276,20 @@ def test_only_one_loop_runs(place: Place) -> None:
             pool.submit(place.go).result()
 
 
+def test_what_is_decided_while_a_cycle_begins_is_not_lost(place: Place) -> None:
+    """Between the count and the time: in the export, and counted again for the next cycle."""
+    place.decide(3)
+    moments = iter([lambda: None, lambda: place.decide(1)])
+
+    def now() -> float:
+        next(moments, lambda: None)()
+        return time.time()
+
+    cycle = place.go(now=now)
+    assert cycle is not None and cycle.decided == 3
+    assert len((place.store.open(str(cycle.feedback)).path / "sft.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_database_that_goes_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     from gyrocompass.recipe.loop import cycle as module
 

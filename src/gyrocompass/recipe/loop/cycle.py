@@ -115,7 +115,7 @@ def run_loop(
         failures = 0
         while True:
             try:
-                cycle = _current(loop, store, now())
+                cycle = _current(loop, store, now)
                 if cycle is not None and cycle.state not in ENDED:
                     cycle = _carry_on(loop, store, cycle, console, now)
             except (BadInput, Interrupted):
@@ -161,7 +161,7 @@ def _give_up(loop: Loop, store: Store, now: float) -> None:
     _save(loop, store, known[-1].model_copy(update={"state": "given up", "ended_at": now}))
 
 
-def _current(loop: Loop, store: Store, now: float) -> Cycle | None:
+def _current(loop: Loop, store: Store, now: Callable[[], float]) -> Cycle | None:
     """The open cycle; else a new one, if it is due; else the last one."""
     known = cycles(store, loop.config.name)
     last = known[-1] if known else None
@@ -173,7 +173,7 @@ def _current(loop: Loop, store: Store, now: float) -> Cycle | None:
     why = due(
         store,
         loop.config.trigger,
-        now=now,
+        now=now(),
         last_at=None if last is None else last.began_at,
         last_decided=0 if last is None else last.decided,
         touched=touched,
@@ -187,7 +187,9 @@ def _current(loop: Loop, store: Store, now: float) -> Cycle | None:
             where=loop.path,
             fix="run the recipe that made the first one again, and register and promote what it makes",
         )
-    fresh = Cycle(number=len(known) + 1, began_at=now, decided=decided(store), base=base.artifact_id, why=why)
+    # Counted before the time is taken: what is decided in between is in the export, and counts for the next.
+    count = decided(store)
+    fresh = Cycle(number=len(known) + 1, began_at=now(), decided=count, base=base.artifact_id, why=why)
     return _save(loop, store, fresh)
 
 
