@@ -331,7 +331,7 @@ def test_too_many_malformed_records_fail_and_are_named(gyro: Run, tmp_path: Path
     assert code == 2 and "broken.jsonl:2" in err and "max_quarantined_share" in err
 
 
-def test_a_damaged_artifact_is_named(gyro: Run, tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_named_and_made_again(gyro: Run, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     only = [
         "--set",
@@ -340,8 +340,12 @@ def test_a_damaged_artifact_is_named(gyro: Run, tmp_path: Path) -> None:
     assert gyro("run", recipe, "--store", tmp_path / "store", *only)[0] == 0
     (file,) = (tmp_path / "store" / "artifacts").glob("*/documents.parquet")
     file.write_bytes(file.read_bytes()[:-3])
-    code, _, err = gyro("run", recipe, "--store", tmp_path / "store", *only)
+    code, _, err = gyro("run", recipe, "--store", tmp_path / "store", *only, "--dry-run")
     assert code == 1 and str(file) in err and "Traceback" not in err
+    code, out, err = gyro("run", recipe, "--store", tmp_path / "store", *only)
+    told = " ".join((out + err).split())
+    assert code == 0 and "documents.parquet" in told and "made again" in told
+    assert gyro("run", recipe, "--store", tmp_path / "store", *only, "--dry-run")[0] == 0
 
 
 def test_tokens_of_another_vocabulary_are_refused(finished_run: FinishedRun, gyro: Run) -> None:

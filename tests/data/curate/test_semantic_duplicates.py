@@ -71,7 +71,14 @@ def test_regions_find_what_all_pairs_find() -> None:
     exact = rows_by_id(texts, ids, step)
     regions = rows_by_id(texts, ids, step.model_copy(update={"exact_up_to": 0, "region": 100}))
     assert sum(row["duplicate"] for row in exact.values()) >= 600
-    assert regions == exact
+    # The same product in blocks of another shape may differ in its last digit, by processor.
+    cosines = ("similarity", "survivor_similarity")
+    for name, row in exact.items():
+        assert [row[one] for one in row if one not in cosines] == [
+            regions[name][one] for one in row if one not in cosines
+        ]
+        for cosine in cosines:
+            assert regions[name][cosine] == (row[cosine] and pytest.approx(row[cosine], abs=1e-6))
 
 
 def test_centres_are_where_vectors_gather() -> None:
