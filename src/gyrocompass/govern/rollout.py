@@ -192,6 +192,17 @@ def rollouts(store: Store, name: str) -> list[Rollout]:
         return [_read(row._asdict()) for row in connection.execute(query)]
 
 
+def reopened(store: Store, rollout_id: str) -> Rollout:
+    """A trial as it is now."""
+    with store.database.read() as connection:
+        return _by_id(connection, rollout_id)
+
+
+def _by_id(connection: Connection, rollout_id: str) -> Rollout:
+    row = connection.execute(select(RolloutRow.__table__).where(RolloutRow.id == rollout_id)).one()
+    return _read(row._asdict())
+
+
 def stop(store: Store, name: str, by: str, why: str = "") -> Rollout:
     """End a trial by hand; its users go back to the champion.
 
@@ -241,8 +252,7 @@ def _end(
         if connection.execute(update(RolloutRow).where(*mine).values(**values)).rowcount:
             about = {"name": rollout.name, "version": rollout.version, "rollout": rollout.id, "why": why}
             note(connection, by, f"rollout {state}", about)
-        row = connection.execute(select(RolloutRow.__table__).where(RolloutRow.id == rollout.id)).one()
-    return _read(row._asdict())
+        return _by_id(connection, rollout.id)
 
 
 def _running(connection: Connection, name: str) -> Rollout | None:
@@ -271,10 +281,11 @@ class _Outcome(NamedTuple):
 
 def look(store: Store, rollout: Rollout) -> list[Known]:
     """What is known of each guardrail."""
+    asked = {guardrail.measure for guardrail in rollout.plan.guardrails}
     with store.database.read() as connection:
-        events = _events(connection, rollout.id)
-        thumbs = _thumbs(connection, rollout.id)
-        verdicts = _verdicts(connection, rollout.id)
+        events = _events(connection, rollout.id) if asked - {*_SEEN_BY_USERS} else []
+        thumbs = _thumbs(connection, rollout.id) if "thumbs_down" in asked else []
+        verdicts = _verdicts(connection, rollout.id) if "wrong" in asked else []
     found = []
     for guardrail in rollout.plan.guardrails:
         if guardrail.measure == "thumbs_down":

@@ -28,7 +28,7 @@ from gyrocompass.core.store import Store
 from gyrocompass.govern.card import learned_from, whole
 from gyrocompass.govern.promote import Decision, PromotionRule, promote
 from gyrocompass.govern.registry import champion, register, roll_back
-from gyrocompass.govern.rollout import RolloutPlan, look, rollouts, running, start
+from gyrocompass.govern.rollout import RolloutPlan, look, reopened, running, start
 from gyrocompass.recipe.life import files as written
 from gyrocompass.recipe.life.files import BASE, NAME, RIGHT, Files
 from gyrocompass.recipe.life.server import serving
@@ -230,7 +230,7 @@ def _taken_back(stage: Stage, url: str, policy: Policy, asking: Any) -> None:
     plan = parse(RolloutPlan, load_yaml(stage.files.folder / "canary.yaml"))
     trial = start(stage.store, NAME, found.version, plan, BY)
     path = _try(stage, url, asking, trial.id, "canary")
-    ended = next(one for one in rollouts(stage.store, NAME) if one.id == trial.id)
+    ended = reopened(stage.store, trial.id)
     about = {"version": found.version, "state": ended.state, "why": ended.why, "path": path}
     stage.told["taken_back"] = about
     stage.tell(f"{NAME}:{found.version}, planted: {ended.state} ({ended.why})")
@@ -244,7 +244,7 @@ def _try(stage: Stage, url: str, asking: Any, rollout_id: str, who: str) -> list
         code = list(islice(asking, _BATCH))
         ask_all(url, code, [f"{who} {rollout_id} {batch} {place}" for place in range(len(code))])
         time.sleep(1.0)  # events are written behind the answers
-        trial = next(one for one in rollouts(stage.store, NAME) if one.id == rollout_id)
+        trial = reopened(stage.store, rollout_id)
         path.append(look(stage.store, trial)[0]._asdict())
         if trial.state != "running":
             break

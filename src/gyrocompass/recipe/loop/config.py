@@ -16,6 +16,7 @@ The recipe says the rest: how feedback is curated, the share of old data that is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +92,21 @@ class Loop:
             BadInput: a ${word} is not known, or a stage that the loop speaks of is not there.
             ConfigError: the recipe is wrong.
         """
-        filled = self._loaded
-        for path, text in _texts(self._loaded.data):
+        loaded = self._loaded
+
+        def fill(text: str, path: tuple[str, ...]) -> str:
             new = text
             for word, value in words.items():
                 new = new.replace(f"${{{word}}}", value)
             if "${" in new:
                 raise BadInput(
                     f"{text!r} has a word that is not known; there is {', '.join(sorted(words))}",
-                    where=self._loaded.place(path),
+                    where=loaded.place(path),
                 )
-            if new != text:
-                filled = _with(filled, path, new)
-        filled = _with(filled, ("name",), run)
-        found = parse(Recipe, filled)
+            return new
+
+        data = _mapped(loaded.data, fill) | {"name": run}
+        found = parse(Recipe, LoadedYaml(data, loaded.where, loaded.root, loaded.overridden))
         for stage in (self.config.model, self.config.calibration):
             if stage is not None and stage not in found.stages:
                 raise BadInput(
@@ -121,24 +123,12 @@ class Loop:
         return path if path.is_absolute() else self.path.parent / path
 
 
-def _texts(data: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:
-    """All texts in a mapping, with their paths."""
+def _mapped(data: Any, fill: Callable[[str, tuple[str, ...]], str], path: tuple[str, ...] = ()) -> Any:
+    """A copy with each text replaced by what `fill` makes of it and its path."""
     if isinstance(data, str):
-        return [(path, data)]
-    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [one for key, value in entries for one in _texts(value, (*path, str(key)))]
-
-
-def _with(loaded: LoadedYaml, path: tuple[str, ...], value: str) -> LoadedYaml:
-    """With one value changed; the lines of the file stay."""
-    holder: Any = (data := _copy(loaded.data))
-    for key in path[:-1]:
-        holder = holder[int(key)] if isinstance(holder, list) else holder[key]
-    holder[int(path[-1]) if isinstance(holder, list) else path[-1]] = value
-    return LoadedYaml(data, loaded.where, loaded.root, loaded.overridden)
-
-
-def _copy(data: Any) -> Any:
+        return fill(data, path)
     if isinstance(data, dict):
-        return {key: _copy(value) for key, value in data.items()}
-    return [_copy(value) for value in data] if isinstance(data, list) else data
+        return {key: _mapped(value, fill, (*path, str(key))) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_mapped(value, fill, (*path, str(place))) for place, value in enumerate(data)]
+    return data

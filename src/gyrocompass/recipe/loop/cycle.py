@@ -27,7 +27,7 @@ from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import Decision, promote, scores_of
 from gyrocompass.govern.registry import Version, champion, register
 from gyrocompass.govern.retrain import marked, untouched
-from gyrocompass.govern.rollout import Rollout, rollouts, settle, start, stop
+from gyrocompass.govern.rollout import Rollout, reopened, rollouts, settle, start, stop
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.recipe.loop.config import Loop
 from gyrocompass.recipe.loop.suggest import as_rows, suggestions
@@ -155,8 +155,7 @@ def _give_up(loop: Loop, store: Store, now: float) -> None:
     known = cycles(store, loop.config.name)
     if not known or known[-1].state in ENDED:
         raise BadInput(f"no cycle of {loop.config.name} is open", fix="gyro loop FILE --status")
-    trial = next((one for one in rollouts(store, loop.config.name) if one.id == known[-1].rollout), None)
-    if trial is not None and trial.state == "running":
+    if known[-1].rollout is not None and reopened(store, known[-1].rollout).state == "running":
         stop(store, loop.config.name, BY, "the cycle was given up")
     _save(loop, store, known[-1].model_copy(update={"state": "given up", "ended_at": now}))
 
@@ -282,7 +281,7 @@ def _try(loop: Loop, store: Store, cycle: Cycle, console: Console) -> Cycle:
         trial = trial or start(store, loop.config.name, cycle.version, loop.rollout, BY)
         told = f"{trial.plan.mode} on {trial.plan.part:.0%} of the users"
         return cycle.model_copy(update={"rollout": trial.id, "state": "waits for the rollout", "told": told})
-    trial = next(one for one in rollouts(store, loop.config.name) if one.id == cycle.rollout)
+    trial = reopened(store, cycle.rollout)
     if trial.state == "running":
         trial = settle(store, trial)
     if trial.state == "running":
