@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.pool import NullPool
 
+import databases
 from gyrocompass.cli.main import main
+from gyrocompass.core.database import Database
 from gyrocompass.core.store import Store
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.model.open import open_model
@@ -67,14 +65,21 @@ def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
     if request.param == "sqlite":
         yield None
         return
-    server = os.environ.get("GYRO_TEST_POSTGRES_URL")
-    if not server:
+    if not databases.SERVER:
         pytest.skip("GYRO_TEST_POSTGRES_URL names no server")
-    schema = f"gyro_test_{secrets.token_hex(6)}"
-    url = make_url(server).set(drivername="postgresql")
-    engine = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-    yield url.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(hide_password=False)
-    with engine.begin() as connection:
-        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    with databases.schema() as url:
+        yield url
+
+
+@pytest.fixture
+def database(store_url: str | None, tmp_path: Path) -> Database:
+    """An empty database, without a store around it."""
+    return Database(store_url or f"sqlite:///{tmp_path / 'alone.sqlite'}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schemas() -> Iterator[None]:
+    """Stores' schemas go with the session, where they have any."""
+    yield
+    if databases.ON_POSTGRES:
+        databases.drop_all()

@@ -16,6 +16,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "pytest",
+        "databases",
         "alembic.command",
         "gyrocompass.core.store",
         "gyrocompass.recipe.verify_resume",

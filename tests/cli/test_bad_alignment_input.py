@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from databases import copied
 from tiny_recipe import FinishedRun
 
 Run = Callable[..., tuple[int, str, str]]
@@ -42,7 +42,7 @@ BROKEN = [
 @pytest.fixture(scope="module")
 def store(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the store in which the tiny recipe has run, to go on from."""
-    return shutil.copytree(finished_run.store, tmp_path_factory.mktemp("bad") / "store")
+    return copied(finished_run.store, tmp_path_factory.mktemp("bad") / "store")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import resource
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from databases import copied
 from gyrocompass.cli import main as command_line
 from gyrocompass.cli import run as run_module
 from tiny_recipe import FinishedRun
@@ -33,7 +33,7 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
 
 @pytest.fixture
 def store(finished_run: FinishedRun, tmp_path: Path) -> Path:
-    return shutil.copytree(finished_run.store, tmp_path / "store")
+    return copied(finished_run.store, tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from databases import IN_A_FILE
 from gyrocompass.cli import doctor as module
 from gyrocompass.cli.main import main
 from gyrocompass.core.store import Store
@@ -175,6 +176,7 @@ def test_the_default_store_was_not_asked_for(
     assert code == 0 and len(report["problems"]) == 1
 
 
+@IN_A_FILE
 def test_an_existing_store_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Store(tmp_path)
     code, report = examined(capsys, "--store", str(tmp_path))

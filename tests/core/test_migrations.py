@@ -7,6 +7,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
+from databases import IN_A_FILE
 from gyrocompass.core import database
 from gyrocompass.core.errors import GyroError
 from gyrocompass.core.store import Store
@@ -44,6 +45,7 @@ def test_a_migration_that_fails_leaves_nothing(tmp_path, store_url, monkeypatch)
     assert Store(tmp_path / "store", store_url).artifacts() == []
 
 
+@IN_A_FILE
 def test_a_store_may_stand_below_odd_names(tmp_path):
     assert Store(tmp_path / "50% odd?name#é").artifacts() == []
     assert (tmp_path / "50% odd?name#é" / "store.sqlite").is_file()

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from databases import IN_A_FILE
 from gyrocompass.core.artifact import DocumentRow, writing
 from gyrocompass.core.errors import BadInput, DamagedArtifact, GyroError, MissingDependency
 from gyrocompass.core.store import Store
@@ -182,6 +183,7 @@ def test_other_databases_are_refused(tmp_path, url):
         Store(tmp_path, url)
 
 
+@IN_A_FILE
 def test_a_file_that_is_no_database(tmp_path):
     (tmp_path / "store.sqlite").write_bytes(b"years of other work" * 100)
     with pytest.raises(GyroError, match="not a database"):

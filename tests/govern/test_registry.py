@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sqlalchemy import func, select, update
 
+from databases import copied
 from gyrocompass.core.acts import acts, check_chain
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import BadInput, ConfigError
@@ -150,7 +150,7 @@ TestHistory = History.TestCase
 
 @pytest.fixture
 def run_store(finished_run: FinishedRun, tmp_path: Path) -> tuple[Store, dict[str, str]]:
-    shutil.copytree(finished_run.store, tmp_path / "store")
+    copied(finished_run.store, tmp_path / "store")
     store = Store(tmp_path / "store")
     return store, {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
 

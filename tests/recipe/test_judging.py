@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from databases import copied
 from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 from gyrocompass.data.document import read_documents
@@ -207,7 +207,7 @@ def test_bad_input_is_told(
 def test_items_that_were_read_and_canaries_are_told(
     finished_run: FinishedRun, tmp_path: Path, gyro: Callable[..., tuple[int, str, str]]
 ) -> None:
-    shutil.copytree(finished_run.store, tmp_path / "store")
+    copied(finished_run.store, tmp_path / "store")
     store = Store(tmp_path / "store")
     ids = {stage.name: stage.artifact for stage in read_run(store, "tiny").stages}
     texts = [

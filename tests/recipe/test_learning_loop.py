@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +17,8 @@ import pytest
 from rich.console import Console
 from sqlalchemy import delete, insert
 
-from gyrocompass.core.acts import check_chain
+from databases import copied
+from gyrocompass.core.acts import acts, check_chain
 from gyrocompass.core.config import parse
 from gyrocompass.core.errors import BadInput, ConfigError, DamagedArtifact, GyroError
 from gyrocompass.core.folder import locked
@@ -30,7 +33,7 @@ from gyrocompass.measure.ledger import Ledger
 from gyrocompass.recipe.forgetting import trace
 from gyrocompass.recipe.loop.config import Loop, Trigger
 from gyrocompass.recipe.loop.cycle import Cycle, cycles, run_loop
-from gyrocompass.recipe.loop.suggest import suggestions
+from gyrocompass.recipe.loop.suggest import Suggestion, suggestions
 from gyrocompass.recipe.loop.triggers import decided, due
 from gyrocompass.recipe.run import read_run
 from gyrocompass.serve.answer import Answered, Asked, Token
@@ -82,7 +85,7 @@ class Place:
     """A store with a champion, and a folder with the loop's files."""
 
     def __init__(self, folder: Path, run: FinishedRun) -> None:
-        shutil.copytree(run.store, folder / "store")
+        copied(run.store, folder / "store")
         self.store = Store(folder / "store")
         ids = {stage.name: stage.artifact for stage in read_run(self.store, "tiny").stages}
         register(self.store, "m", ids["fine_tuned"], "ann")
@@ -252,8 +255,16 @@ def test_a_user_is_forgotten_and_what_learned_from_them_is_trained_again(place: 
     assert (len(traces.reviews), len(traces.documents), traces.models) == (2, 2, (cycle.model,))
     code, out, _ = gyro("forget", "--user", "eve", "--dry-run", *where)
     assert code == 0 and f"{cycle.model}: learned from it" in out and len(trace(store, "eve").reviews) == 2
-    code, out, _ = gyro("forget", "--user", "eve", "--workers", 1, "--by", "ann", *where)
-    assert code == 0 and "to be trained again" in out
+    canaries = place.file.parent / "canaries.jsonl"
+    canaries.write_text('{"context": "What is 0?", "canary": " It is 0."}\n')
+    told = ("--workers", 1, "--by", "ann", "--canaries", canaries)
+    code, out, _ = gyro("forget", "--user", "eve", *told, *where)
+    assert code == 0 and "to be trained again" in out and "bits in the mean of 1 canaries" in out
+    assert f"gyro exposure {cycle.model} NAME@champion --canaries" in out
+    (act,) = [one for one in acts(store.database) if one["act"] == "to be trained again"]
+    assert 0 <= act["about"]["exposure_bits"][cycle.model] <= 8
+    assert decided(store) == 5  # what was decided was decided
+    canaries.unlink()
     code, _, err = gyro("forget", "--user", "eve", *where)
     assert code == 2 and "nothing here is of the user 'eve'" in err
     assert not store.folders("feedback") and marked(store) == {cycle.model}
@@ -267,6 +278,15 @@ def test_a_user_is_forgotten_and_what_learned_from_them_is_trained_again(place: 
     assert again.model not in marked(store) and place.go() == again
     exported = (store.open(str(again.feedback)).path / "sft.jsonl").read_text().splitlines()
     assert len(exported) == 3
+    code, out, _ = gyro("exposure", cycle.model, "m@champion", "--canaries", _canaries(place), *where)
+    assert code == 0 and "from the first model to the last" in out
+
+
+def _canaries(place: Place) -> Path:
+    path = place.file.parent / "canaries.jsonl"
+    lines = [{"context": f"What is {n}?", "canary": f" It is {n}."} for n in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def test_only_one_loop_runs(place: Place) -> None:
@@ -313,6 +333,56 @@ def test_a_database_that_goes_away_is_waited_for(place: Place, monkeypatch: pyte
     monkeypatch.setattr(module, "_current", lambda *_: (_ for _ in ()).throw(BadInput("a mistake")))
     with pytest.raises(BadInput, match="a mistake"):
         run_loop(Loop(place.file), place.store, Console(quiet=True), sleep=sleep)
+
+
+def test_a_disk_that_is_full_is_waited_for(place: Place) -> None:
+    """Whatever step meets it, the next try goes on, and nothing is done twice."""
+    place.decide(3)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        known = cycles(place.store, "m")
+        if known and known[-1].state == "waits for the rollout":
+            raise KeyboardInterrupt
+        # A little more room each time, until there is enough.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000 * 4 ** len(pauses), hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = Console(file=io.StringIO(), width=200)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_loop(Loop(place.file), place.store, told, sleep=sleep)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(told.file, io.StringIO)
+    assert told.file.getvalue().count("tried again in") == len(pauses) - 1 >= 3, told.file.getvalue()
+    (cycle,) = cycles(place.store, "m")
+    assert len(versions(place.store, "m")) == 2 and len(place.store.folders("feedback")) == 1
+    trial = running(place.store, "m")
+    assert trial is not None and trial.id == cycle.rollout
+
+
+def test_a_champion_that_no_longer_learns_is_a_reason_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gyrocompass.recipe.loop import triggers
+
+    def why(fresh: str | None) -> str | None:
+        return due(place.store, Trigger(plateau=True), now=0.0, last_at=None, last_decided=0, fresh=fresh)
+
+    model = champion(place.store, "m").artifact_id  # type: ignore[union-attr]
+    place.decide(1)
+    assert why(model) is None and why("model-of-another-store") is None  # three steps tell nothing
+    still = [Suggestion("prose", "stands still", "more data", "3.2, then 3.2 nats", ())]
+    monkeypatch.setattr(triggers, "suggestions", lambda trained: still)
+    assert why(model) == "prose stands still: 3.2, then 3.2 nats" and why(None) is None
+    place.write(loop=LOOP.replace("verdicts: 3", "plateau: true"), rule=RULE.replace("0.5", "-9.0"))
+    first = place.go()
+    assert first is not None and first.state == "refused" and first.why.startswith("prose stands still")
+    place.decide(2)
+    assert place.go() == first  # the champion is the same
 
 
 def test_triggers(place: Place) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from test_alignment_stages import STAGES, changed, folder_of
 from test_verify import forked
 
+from databases import copied
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.progress import Progress
@@ -62,7 +63,7 @@ class Made(NamedTuple):
     def run(self, folder: Path, **more: Any) -> dict[str, Done]:
         """Some more stages, in a copy of the store."""
         if not folder.exists():
-            shutil.copytree(self.store, folder)
+            copied(self.store, folder)
         stages: dict[str, Stage] = dict(self.recipe(**more).stages)
         return {done.name: done for done in execute(stages, Store(folder), Progress(quiet=True), World())}
 
@@ -218,7 +219,7 @@ def test_live_references_are_verified(
 ) -> None:
     """`gyro verify` asks them as training will; a killed run goes on with the reference that it had."""
     monkeypatch.setattr(verify_resume, "_run", forked("nothing", tmp_path / "said"))
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
+    store = Store(copied(finished, tmp_path / "store"))
     needed = {name: stage for name, stage in made.stages.items() if name not in ("preferring", "reference")}
     stages = {name: LIVE[name] for name in ("lora_off", "followed")}
     recipe = made._replace(stages=needed).recipe(**stages)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from databases import stored_in
 from gyrocompass.core.artifact import read_artifact
 from gyrocompass.recipe.record import RunRecord
 from tiny_recipe import FinishedRun
@@ -24,7 +25,7 @@ def artifacts(store: Path) -> dict[str, Path]:
 @pytest.mark.slow
 def test_two_ranks_make_the_model_that_one_makes(finished_run: FinishedRun, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "gyrocompass", "run", str(finished_run.recipe), "--store", str(tmp_path)]
+    command = [*launcher, "-m", "gyrocompass", "run", str(finished_run.recipe), *stored_in(tmp_path)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -45,7 +46,7 @@ def test_two_ranks_make_the_model_that_one_makes(finished_run: FinishedRun, tmp_
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_ends_all_ranks(finished_run: FinishedRun, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    recipe = ["run", str(finished_run.recipe), "--store", str(tmp_path)]
+    recipe = ["run", str(finished_run.recipe), *stored_in(tmp_path)]
     wrong = ["--set", "stages.documents.sources=[{files: {path: /nowhere}}]"]
     done = subprocess.run(
         [*launcher, "-m", "gyrocompass", *recipe, *wrong],

@@ -15,6 +15,7 @@ from rich.console import Console
 from test_alignment_stages import JUDGED, STAGES, changed, folder_of
 from test_training_stages import InterruptedAt
 
+from databases import copied
 from gyrocompass.core.artifact import read_artifact
 from gyrocompass.core.errors import BadInput, ConfigError, GyroError, Interrupted
 from gyrocompass.core.lineage import walk
@@ -88,7 +89,7 @@ class Made(NamedTuple):
     def run(self, folder: Path, progress: Progress | None = None, **more: Any) -> dict[str, Done]:
         """Some more stages, in a copy of the store."""
         if not folder.exists():
-            shutil.copytree(self.store, folder)
+            copied(self.store, folder)
         stages: dict[str, Stage] = dict(self.recipe(**more).stages)
         progress = progress or Progress(quiet=True)
         return {done.name: done for done in execute(stages, Store(folder), progress, World())}
@@ -276,7 +277,7 @@ def test_a_model_that_is_no_reward_model_is_refused_where_the_recipe_cannot_tell
     }
     recipe = made.recipe(**stages)
     (folder / "scalar_head.safetensors").unlink()
-    store = Store(shutil.copytree(finished, tmp_path / "store"))
+    store = Store(copied(finished, tmp_path / "store"))
     known: dict[str, Stage] = dict(recipe.stages)
     with pytest.raises(BadInput, match="this model has no scalar head, so it is no reward model"):
         list(execute(known, store, Progress(quiet=True), World()))

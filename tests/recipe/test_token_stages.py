@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from databases import copied
 from gyrocompass.core.errors import BadInput, ConfigError
 from gyrocompass.core.lineage import walk
 from gyrocompass.core.progress import Progress
@@ -60,7 +60,7 @@ MADE = {
 @pytest.fixture
 def store(finished_run: FinishedRun, tmp_path: Path) -> Store:
     """A copy of the finished run's store, to be written to."""
-    shutil.copytree(finished_run.store, tmp_path / "store")
+    copied(finished_run.store, tmp_path / "store")
     return Store(tmp_path / "store")
 
 

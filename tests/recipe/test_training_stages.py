@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from databases import copied
 from gyrocompass.core.artifact import MANIFEST
 from gyrocompass.core.errors import BadInput, DamagedArtifact, Interrupted
 from gyrocompass.core.lineage import walk
@@ -40,7 +41,7 @@ SHORT = {"epochs": 1, "sequence_length": 64, "rows_per_step": 4}
 @pytest.fixture
 def store(finished_run: FinishedRun, tmp_path: Path) -> Store:
     """A copy of the finished run's store, to be written to."""
-    shutil.copytree(finished_run.store, tmp_path / "store")
+    copied(finished_run.store, tmp_path / "store")
     return Store(tmp_path / "store")
 
 

@@ -157,8 +157,7 @@ class Hook:
         return 500 if len(self.came) <= self.fails else 204
 
 
-def test_who_waits_is_called_until_it_answers(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'x.sqlite'}")
+def test_who_waits_is_called_until_it_answers(database: Database) -> None:
     reviews = Reviews(database, ReviewSettings(double_share=0.0))
     question = asked(webhook="https://example.org/hook")
     name = asyncio.run(reviews.put(question, answered(), ["doubt"], None, 1.0))

@@ -18,6 +18,7 @@ from gyrocompass.model.lm_eval_adapter import GyroLM
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.decisions import prompt_of
 from gyrocompass.serve.embedded import Embedded
+from gyrocompass.serve.engine.engine import EmbeddedEngine
 from gyrocompass.serve.services import ServeSettings
 from gyrocompass.serve.wire import Predicate
 
@@ -26,7 +27,7 @@ Serve = Callable[[Any], str]
 
 @pytest.fixture
 def url(served: Serve, speaking: tuple[Any, Any]) -> Iterator[str]:
-    yield served(make_app(alone(Embedded(*speaking, "tiny")), ServeSettings()))
+    yield served(make_app(alone(Embedded(EmbeddedEngine(*speaking), speaking[1], "tiny")), ServeSettings()))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import pytest
 from asking import answered, asked
@@ -11,11 +10,6 @@ from gyrocompass.core.database import Database
 from gyrocompass.core.errors import GyroError
 from gyrocompass.serve.answer import Confidence, Judgement
 from gyrocompass.serve.events import EventLog, EventSettings, read_events
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Database:
-    return Database(f"sqlite:///{tmp_path / 'events.sqlite'}")
 
 
 def test_an_event_says_how_an_answer_ended(database: Database) -> None:

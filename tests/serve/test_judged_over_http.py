@@ -23,6 +23,7 @@ from gyrocompass.model.score import scorer
 from gyrocompass.model.write import continuation_scorer, writer
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.embedded import Embedded
+from gyrocompass.serve.engine.engine import EmbeddedEngine
 from gyrocompass.serve.services import ServeSettings
 
 TEXTS = ["def add(first, second):\n    return first", "naïve — ünïcode", "x", "total = first + second\n" * 5]
@@ -30,7 +31,8 @@ TEXTS = ["def add(first, second):\n    return first", "naïve — ünïcode", "x
 
 @pytest.fixture
 def server(served: Callable[[Any], str], speaking: tuple[Any, Any]) -> Server:
-    return Server(url=served(make_app(alone(Embedded(*speaking, "tiny")), ServeSettings())))
+    backend = Embedded(EmbeddedEngine(*speaking), speaking[1], "tiny")
+    return Server(url=served(make_app(alone(backend), ServeSettings())))
 
 
 def test_texts_are_worth_the_same(server: Server, speaking: tuple[Any, Any]) -> None:

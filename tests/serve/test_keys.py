@@ -17,11 +17,6 @@ from gyrocompass.serve.keys import Caller, Keys, create_key, list_keys, revoke_k
 from gyrocompass.serve.sessions import Sessions, secret_of
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Database:
-    return Database(f"sqlite:///{tmp_path / 'keys.sqlite'}")
-
-
 def refused(keys: Keys, header: str | None, scope: str = "infer") -> int:
     with pytest.raises(Failure) as raised:
         keys.check(header, scope)

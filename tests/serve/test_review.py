@@ -11,7 +11,6 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,35 +27,11 @@ from gyrocompass.serve.answer import Token
 from gyrocompass.serve.events import EventLog, EventSettings, read_events
 from gyrocompass.serve.review import Conflict, Reviews, ReviewSettings, Verdict
 
-POSTGRES = os.environ.get("GYRO_TEST_POSTGRES_URL")
 ONCE = ReviewSettings(double_share=0.0, lease_s=100)
 
 
 def new_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'reviews.sqlite'}"
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    if request.param == "sqlite":
-        yield Database(new_url(tmp_path))
-        return
-    if POSTGRES is None:
-        pytest.skip("GYRO_TEST_POSTGRES_URL is not set")
-    from sqlalchemy import create_engine, text
-    from sqlalchemy.engine import make_url
-
-    name = f"review_{os.getpid()}_{time.monotonic_ns()}"
-    url = make_url(POSTGRES).set(drivername="postgresql+psycopg")
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    try:
-        yield Database(url.set(database=name))
-    finally:
-        with engine.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-        engine.dispose()
 
 
 def put(reviews: Reviews, text: str = "four", **more: Any) -> str:
@@ -231,8 +206,8 @@ def _work(url: str, folder: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_at_any_time_it_loses_nothing(tmp_path: Path, rounds: int) -> None:
-    url = new_url(tmp_path)
+def test_killed_at_any_time_it_loses_nothing(tmp_path: Path, store_url: str | None, rounds: int) -> None:
+    url = store_url or new_url(tmp_path)
     Database(url)
     context = multiprocessing.get_context("fork")
     draw = random.Random(rounds)

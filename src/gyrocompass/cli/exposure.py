@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,22 +16,25 @@ from rich.text import Text
 from gyrocompass.cli.model import model_folder
 from gyrocompass.data.tokenizer import load_tokenizer
 from gyrocompass.measure.intervals import ratio_estimate
-from gyrocompass.measure.memorisation import Exposure, exposures, read_canaries
+from gyrocompass.measure.memorisation import Canary, Exposure, exposures, read_canaries
 from gyrocompass.model.head import context_length
 from gyrocompass.model.open import open_model
 from gyrocompass.model.write import continuation_scorer
 
 
+def exposed(folder: Path, canaries: Sequence[Canary], candidates: int) -> list[Exposure]:
+    """How far the model in a folder knows each canary."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_model(folder, dtype=torch.float32, device=device)
+    score = continuation_scorer(model, load_tokenizer(folder), length=context_length(model))
+    return [one for _, one in exposures(score, canaries, candidates)]
+
+
 def exposure(options: argparse.Namespace) -> int:
     """Rank each canary among texts of its form, by each model."""
     canaries = read_canaries(options.canaries)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: list[list[Exposure]] = []
-    for name in options.models:
-        folder = model_folder(argparse.Namespace(**vars(options) | {"model": name}))
-        model = open_model(folder, dtype=torch.float32, device=device)
-        score = continuation_scorer(model, load_tokenizer(folder), length=context_length(model))
-        found.append([one for _, one in exposures(score, canaries, options.candidates)])
+    folders = [model_folder(argparse.Namespace(**vars(options) | {"model": name})) for name in options.models]
+    found = [exposed(folder, canaries, options.candidates) for folder in folders]
     bits_MC = np.array([[one.bits for one in own] for own in found])
     change = None
     if len(options.models) > 1 and len(canaries) > 1:

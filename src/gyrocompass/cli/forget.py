@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -14,6 +16,9 @@ from gyrocompass.data.curate.forget import Forgetting, Forgotten, carry_out, pla
 from gyrocompass.data.curate.versions import read_facts
 from gyrocompass.govern.retrain import mark
 
+_CANDIDATES = 256
+"""Texts that each canary is ranked among."""
+
 
 def forget(options: argparse.Namespace) -> int:
     """Say what saw the document and, unless it is a dry run, take it out."""
@@ -23,15 +28,43 @@ def forget(options: argparse.Namespace) -> int:
     forgetting = plan_to_forget(store, options.document)
     console = Console()
     _show_plan(forgetting, console)
+    models = [entry.id for entry in forgetting.learned if entry.learned and entry.kind == "model"]
+    bits = _exposures(store, models, options.canaries, console)
     if options.dry_run:
         console.print("nothing was changed: this was a dry run")
         return 0
     with executor_of(options) as executor, Progress() as progress:
         done = carry_out(Builder(store, executor, progress), forgetting, options.reason)
-    models = [entry.id for entry in forgetting.learned if entry.learned and entry.kind == "model"]
-    mark(store, models, f"document {forgetting.document_id} was forgotten", options.by)
+    mark(store, models, f"document {forgetting.document_id} was forgotten", options.by, bits)
     _show_done(forgetting, done, console)
+    _show_proof(models, options.canaries, console)
     return 0
+
+
+def _exposures(store: Store, models: Sequence[str], path: Path | None, console: Console) -> dict[str, float]:
+    """How far the models that learned from it know what is to be forgotten, bits in the mean."""
+    if path is None:
+        return {}
+    from gyrocompass.cli.exposure import exposed
+    from gyrocompass.measure.memorisation import read_canaries
+
+    canaries = read_canaries(path)
+    found = {}
+    for name in models:
+        if store.folder(name).is_dir():
+            bits = [one.bits for one in exposed(store.open(name).path, canaries, _CANDIDATES)]
+            found[name] = sum(bits) / len(bits)
+            told = f"  {name}: exposed by {found[name]:.2f} bits in the mean of {len(bits)} canaries"
+            console.print(f"{told}; 1.4 where nothing was learned", highlight=False, soft_wrap=True)
+    return found
+
+
+def _show_proof(models: Sequence[str], canaries: Path | None, console: Console) -> None:
+    """How to see, once a model is trained again, that it no longer knows it."""
+    if models:
+        file = canaries or "CANARIES"
+        told = f"when that is done: gyro exposure {models[-1]} NAME@champion --canaries {file}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _forget_user(options: argparse.Namespace, store: Store) -> int:
@@ -46,11 +79,13 @@ def _forget_user(options: argparse.Namespace, store: Store) -> int:
     )
     for one in traces.models:
         console.print(f"  {one}: learned from it")
+    bits = _exposures(store, traces.models, options.canaries, console)
     if options.dry_run:
         console.print("nothing was changed: this was a dry run")
         return 0
     with executor_of(options) as executor, Progress() as progress:
-        done = forget_user(Builder(store, executor, progress), traces, options.by, options.reason)
+        builder = Builder(store, executor, progress)
+        done = forget_user(builder, traces, options.by, options.reason, bits)
     for folder in done.deleted:
         console.print(f"deleted {folder}")
     console.print(f"deleted {done.rows:,} rows of the database")
@@ -58,6 +93,7 @@ def _forget_user(options: argparse.Namespace, store: Store) -> int:
         console.print("marked, to be trained again without it (a loop of theirs does so):")
         for one in traces.models:
             console.print(f"  {one}")
+    _show_proof(traces.models, options.canaries, console)
     return 0
 
 

@@ -248,7 +248,14 @@ def _add_serve(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
     verb.add_argument("--port", type=_at_least(1), default=8000)
     verb.add_argument("--name", help="what clients call the model (default: its id, or its folder's name)")
-    verb.add_argument("--precision", choices=("float32", "bfloat16"), help="of weights (default: as saved)")
+    verb.add_argument(
+        "--engine", choices=("embedded", "ctranslate2"), default="embedded",
+        help="what writes answers (ctranslate2: an extra, for CPUs; no constraints, seeds or penalties)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--precision", choices=("float32", "bfloat16", "int8"),
+        help="of weights (default: as saved; int8: of ctranslate2, approximate)",
+    )  # fmt: skip
     verb.add_argument("--upstream", metavar="URL", help="put the gate before this server instead")
     verb.add_argument("--upstream-model", metavar="NAME", help="the model's name there")
     verb.add_argument("--upstream-key-env", metavar="VARIABLE", help="the variable that holds its key")
@@ -474,6 +481,9 @@ def _add_forget(verbs: _Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--user", action="store_true", help="forget a user, by the name that requests gave")
     verb.add_argument("--reason", default="", help="a remark for the opt-out list")
+    verb.add_argument(
+        "--canaries", type=_path, help="JSONL: context and canary; how far models know them is told and kept"
+    )
     verb.add_argument("--dry-run", action="store_true", help="show what saw it and what would go, and stop")
     _who_option(verb)
     _worker_options(verb)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -70,8 +72,7 @@ def serve(options: argparse.Namespace) -> int:
             shown_as=options.name,
             stronger=stronger,
             policy=policy,
-            dtype=_dtype(options),
-            engine=_engine(options),
+            opened=_opened(options, store),
         )
         shown = f"{name}:{ways.open().version} and whichever version is champion after it"
     else:
@@ -80,10 +81,15 @@ def serve(options: argparse.Namespace) -> int:
             backend: Backend = Upstream(options.upstream, model=options.upstream_model or "", api_key_env=key)
             lineage: dict[str, str | None] = {}
         else:
-            backend, lineage = _embedded(options, model_folder(options))
+            from gyrocompass.recipe.serving import lineage_of
+
+            folder = model_folder(options)
+            lineage = lineage_of(folder)
+            name = options.name or lineage.get("model") or folder.resolve().name
+            backend = _opened(options, store)(folder, name)
         queue = Reviews(store.database)
         lane = make_lane(store, backend, stronger=stronger, policy=policy, queue=queue, lineage=lineage)
-        ways, shown = OneWay(lane), lineage.get("model") or backend.name
+        ways, shown = OneWay(lane), f"{lineage.get('model') or options.model or ''} ({backend.name})"
     services = assemble(
         store,
         ways,
@@ -103,25 +109,24 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _embedded(options: argparse.Namespace, folder: Path) -> tuple[Backend, dict[str, str | None]]:
-    """A model in this process, and the ids of what it is."""
-    from gyrocompass.recipe.serving import lineage_of
-    from gyrocompass.serve.embedded import open_embedded
-
-    lineage = lineage_of(folder)
-    name = options.name or lineage.get("model") or folder.resolve().name
-    return open_embedded(folder, name, _dtype(options), _engine(options)), lineage
-
-
-def _dtype(options: argparse.Namespace) -> Any:
-    import torch
-
-    return None if options.precision is None else getattr(torch, options.precision)
-
-
-def _engine(options: argparse.Namespace) -> Any:
+def _opened(options: argparse.Namespace, store: Store) -> Callable[[Path, str], Backend]:
+    """What opens a model's folder under a name, with the engine that was asked for."""
     from gyrocompass.serve.engine.kinds import EngineSettings
 
-    return parse(
-        EngineSettings, {"most_rows": options.most_rows, "most_waiting": options.most_waiting}, "gyro serve"
-    )
+    rows = {"most_rows": options.most_rows, "most_waiting": options.most_waiting}
+    settings = parse(EngineSettings, rows, "gyro serve")
+    if options.engine == "ctranslate2":
+        from gyrocompass.serve.engine.converted import open_converted
+
+        if options.precision == "bfloat16":
+            raise BadInput("ctranslate2 has float32 and int8 here", fix="--precision float32, or int8")
+        weights = options.precision or "float32"
+        return partial(open_converted, kept=store.root / "converted", weights=weights, settings=settings)
+    import torch
+
+    from gyrocompass.serve.embedded import open_embedded
+
+    if options.precision == "int8":
+        raise BadInput("the embedded engine has no int8", fix="--engine ctranslate2")
+    dtype = None if options.precision is None else getattr(torch, options.precision)
+    return partial(open_embedded, dtype=dtype, settings=settings)

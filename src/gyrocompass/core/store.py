@@ -89,7 +89,7 @@ class Store:
                 where=self.root,
                 fix="choose a folder that can be written to with --store",
             ) from error
-        self.database = Database(url or URL.create("sqlite", database=str(self.root / "store.sqlite")))
+        self.database = Database(url or beside(self.root))
 
     def find(self, key: str, *, verify: bool = True) -> Artifact | None:
         """The artifact that the stage with this cache key made, or None if the stage has to run.
@@ -275,6 +275,11 @@ class Store:
                 fix=f"delete {folder}; the stage that made it then runs again",
             ) from error
         return artifact
+
+
+def beside(root: Path) -> URL:
+    """The database of a store for which no URL is given."""
+    return URL.create("sqlite", database=str(root / "store.sqlite"))
 
 
 def matching_artifacts(connection: Connection, name: str) -> list[ArtifactId]:

@@ -8,7 +8,7 @@ is champion, one that was made from none of the marked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gyrocompass.core.acts import acts, note
 from gyrocompass.core.store import Store
@@ -17,12 +17,24 @@ from gyrocompass.govern.registry import Version, versions
 MARKED = "to be trained again"
 
 
-def mark(store: Store, ids: Sequence[str], why: str, by: str) -> None:
-    """Say that models have to be trained again; those that are marked already stay so."""
+def mark(
+    store: Store, ids: Sequence[str], why: str, by: str, exposure_bits: Mapping[str, float] | None = None
+) -> None:
+    """Say that models have to be trained again; those that are marked already stay so.
+
+    Args:
+        store: of the models.
+        ids: of them.
+        why: a remark.
+        by: who says so.
+        exposure_bits: of what was forgotten, by each model, in the mean, where that was measured.
+    """
     new = sorted(set(ids) - marked(store))
     if new:
+        known = {name: bits for name, bits in (exposure_bits or {}).items() if name in new}
         with store.database.write() as connection:
-            note(connection, by, MARKED, {"models": new, "why": why})
+            about = {"models": new, "why": why} | ({"exposure_bits": known} if known else {})
+            note(connection, by, MARKED, about)
 
 
 def marked(store: Store) -> set[str]:

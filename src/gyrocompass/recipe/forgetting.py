@@ -14,7 +14,7 @@ and after (`gyro exposure`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ from gyrocompass.govern.retrain import mark
 from gyrocompass.serve.sessions import secret_of, user_hash
 
 FEEDBACK = "feedback"
+FORGOTTEN = "user forgotten"
+"""The act."""
 
 
 class Traces(NamedTuple):
@@ -95,7 +97,13 @@ def _holds(folder: Path, sources: Sequence[str]) -> bool:
     return any(f'"{source}"' in text for source in sources for text in texts)
 
 
-def forget(builder: Builder, traces: Traces, by: str, reason: str = "") -> Forgotten:
+def forget(
+    builder: Builder,
+    traces: Traces,
+    by: str,
+    reason: str = "",
+    exposure_bits: Mapping[str, float] | None = None,
+) -> Forgotten:
     """Take out all of it; the same again goes on where it stopped.
 
     Args:
@@ -103,6 +111,7 @@ def forget(builder: Builder, traces: Traces, by: str, reason: str = "") -> Forgo
         traces: what `trace` found.
         by: who does it.
         reason: a remark for the opt-out list; it stays there, so it should not say who asked.
+        exposure_bits: of their texts, by each model that learned from them, where that was measured.
     """
     store = builder.store
     deleted: list[Path] = []
@@ -113,17 +122,20 @@ def forget(builder: Builder, traces: Traces, by: str, reason: str = "") -> Forgo
         if folder.is_dir():
             shutil.rmtree(folder)
             deleted.append(folder)
-    mark(store, traces.models, "what a user said was forgotten", by)
+    mark(store, traces.models, "what a user said was forgotten", by, exposure_bits)
     with store.database.write() as connection:
+        mine = ReviewRow.id.in_(traces.reviews)
+        counted = select(func.count()).select_from(ReviewRow).where(mine, ReviewRow.state == "decided")
+        decided = int(connection.scalar(counted) or 0)
         rows = sum(
             connection.execute(delete(table).where(where)).rowcount
             for table, where in (
                 (VerdictRow, VerdictRow.review_id.in_(traces.reviews)),
-                (ReviewRow, ReviewRow.id.in_(traces.reviews)),
+                (ReviewRow, mine),
                 (ThumbRow, ThumbRow.request_id.in_(traces.requests)),
                 (EventRow, EventRow.user == traces.user),
             )
         )
-        about = {"rows": rows, "documents": len(traces.documents), "models": list(traces.models)}
-        note(connection, by, "user forgotten", about)
+        about = {"rows": rows, "decided": decided, "documents": len(traces.documents)}
+        note(connection, by, FORGOTTEN, about | {"models": list(traces.models)})
     return Forgotten(tuple(dict.fromkeys(deleted)), rows)

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gyrocompass.core.artifact import MANIFEST, read_artifact
 from gyrocompass.core.config import config_hash
 from gyrocompass.core.errors import BadInput, GyroError
@@ -23,7 +21,6 @@ from gyrocompass.govern.rollout import running, settle
 from gyrocompass.serve.assembly import make_lane
 from gyrocompass.serve.backend import Backend
 from gyrocompass.serve.embedded import open_embedded
-from gyrocompass.serve.engine.kinds import EngineSettings
 from gyrocompass.serve.following import Following, Trial, Version, Wanted
 from gyrocompass.serve.policy import Policy, kept_policy
 from gyrocompass.serve.review import Reviews, ReviewSettings
@@ -42,8 +39,7 @@ def follow(
     shown_as: str | None = None,
     stronger: Backend | None = None,
     policy: Policy | None = None,
-    dtype: torch.dtype | None = None,
-    engine: EngineSettings | None = None,
+    opened: Callable[[Path, str], Backend] = open_embedded,
     reviews: ReviewSettings | None = None,
 ) -> tuple[Following, Background]:
     """Lanes for the champion of a name and for what is tried beside it, not open yet.
@@ -54,8 +50,7 @@ def follow(
         shown_as: what clients call the model; None: the name.
         stronger: writes what the gate escalates.
         policy: of versions that have none of their own.
-        dtype: of the weights; None: as they are saved.
-        engine: of each lane.
+        opened: opens a model's folder under a name.
         reviews: how people decide.
     """
 
@@ -63,7 +58,7 @@ def follow(
         own = policy if version.policy_id is None else kept_policy(store, version.policy_id)
         folder = store.open(version.artifact_id).path
         lineage = lineage_of(folder) | {"version": f"{name}:{version.version}"}
-        backend = open_embedded(folder, shown_as or name, dtype, engine or EngineSettings())
+        backend = opened(folder, shown_as or name)
         queue = None if hidden else Reviews(store.database, reviews)
         return make_lane(store, backend, stronger=stronger, policy=own, queue=queue, lineage=lineage)
 

@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.data.chat import special_literals
@@ -19,6 +19,7 @@ from gyrocompass.data.encode import prompt_ids
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.backend import Job, Piece, Scored
 from gyrocompass.serve.engine.asking import scores, steps
+from gyrocompass.serve.engine.desk import Engine
 from gyrocompass.serve.engine.engine import EmbeddedEngine
 from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest, Told
 from gyrocompass.serve.failures import Failure
@@ -28,22 +29,15 @@ class Embedded:
     """Serves one model.
 
     Args:
-        model: on its device.
+        engine: with the model in it.
         tokenizer: the model's.
         name: what clients call it.
-        settings: of the engine.
-
-    Raises:
-        BadInput: the model cannot be served.
+        engine_name: what the engine is called, and whether it is approximate.
     """
 
-    name = "embedded"
-
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, name: str, settings: EngineSettings | None = None
-    ) -> None:
-        self._engine = EmbeddedEngine(model, tokenizer, settings)
-        self._tokenizer, self._model_name = tokenizer, name
+    def __init__(self, engine: Engine, tokenizer: Any, name: str, engine_name: str = "embedded") -> None:
+        self.name = engine_name
+        self._engine, self._tokenizer, self._model_name = engine, tokenizer, name
         self._created = int(time.time())
 
     async def models(self) -> list[dict[str, Any]]:
@@ -54,7 +48,8 @@ class Embedded:
                 "object": "model",
                 "created": self._created,
                 "owned_by": "gyrocompass",
-                "max_model_len": self._engine.context,
+                "max_model_len": self._engine.limits.context,
+                "engine": self.name,
             }
         ]
 
@@ -113,9 +108,10 @@ class Embedded:
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         """Special tokens are shown."""
-        wrong = next((token for token in ids if token >= self._engine.n_vocabulary), None)
+        wrong = next((token for token in ids if token >= self._engine.limits.n_vocabulary), None)
         if wrong is not None:
-            raise Failure(400, f"there is no token {wrong}; the vocabulary has {self._engine.n_vocabulary}")
+            known = self._engine.limits.n_vocabulary
+            raise Failure(400, f"there is no token {wrong}; the vocabulary has {known}")
         return self._decode(ids)
 
     async def tokenizer_info(self) -> dict[str, Any]:
@@ -199,7 +195,9 @@ def _failure(error: GyroError) -> Failure:
     return Failure(400 if error.exit_code == 2 else 503, str(error))
 
 
-def open_embedded(folder: Any, name: str, dtype: torch.dtype | None, settings: EngineSettings) -> Embedded:
+def open_embedded(
+    folder: Path, name: str, *, dtype: torch.dtype | None = None, settings: EngineSettings | None = None
+) -> Embedded:
     """Load a model folder and serve it.
 
     Raises:
@@ -209,4 +207,5 @@ def open_embedded(folder: Any, name: str, dtype: torch.dtype | None, settings: E
     from gyrocompass.model.open import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Embedded(open_model(folder, dtype=dtype, device=device), load_tokenizer(folder), name, settings)
+    model, tokenizer = open_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
+    return Embedded(EmbeddedEngine(model, tokenizer, settings), tokenizer, name)

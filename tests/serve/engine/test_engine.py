@@ -5,7 +5,6 @@ Shape legend: V vocabulary.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,45 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inbox import Inbox, ask, scored
 
 from gyrocompass.core.errors import BadInput, GyroError
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.model.generate import generate
 from gyrocompass.serve.engine.engine import EmbeddedEngine
-from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest, Step, Told
+from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny
-
-
-class Inbox:
-    """What came for one request."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.error: GyroError | None = None
-        self.ended = threading.Event()
-
-    def __call__(self, what: Any) -> None:
-        if isinstance(what, GyroError):
-            self.error = what
-            self.ended.set()
-            return
-        self.steps.append(what)
-        if what.finish is not None:
-            self.ended.set()
-
-    def wait(self) -> Inbox:
-        assert self.ended.wait(60)
-        if self.error is not None:
-            raise self.error
-        return self
-
-    @property
-    def text(self) -> str:
-        return "".join(step.text for step in self.steps)
-
-    @property
-    def tokens(self) -> list[Told]:
-        return [token for step in self.steps for token in step.tokens]
 
 
 class Letters:
@@ -63,23 +31,6 @@ class Letters:
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         return "".join(chr(97 + token % 26) for token in ids if token or not skip_special_tokens)
-
-
-def ask(engine: EmbeddedEngine, request: Request) -> Inbox:
-    inbox = Inbox()
-    engine.submit(request, inbox)
-    return inbox
-
-
-def scored(engine: EmbeddedEngine, requests: list[ScoreRequest]) -> list[list[Told]]:
-    found: list[Any] = []
-    came = threading.Event()
-    engine.score(requests, lambda what: (found.append(what), came.set()))
-    assert came.wait(60)
-    if isinstance(found[0], GyroError):
-        raise found[0]
-    told: list[list[Told]] = found[0]
-    return told
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,14 @@ class Trigger(Config):
     drift: bool = False
     """An alarm in what is asked or in how sure the model is (`measure.drift`): a slice's loss that rises is
     one; there has to be a new verdict."""
+    plateau: bool = False
+    """A slice's held-out loss stood still or rose while the champion was trained (`suggest`): once for each
+    champion; there has to be a new verdict."""
 
     @model_validator(mode="after")
     def _there_is_one(self) -> Trigger:
-        if self.verdicts is None and self.hours is None and not self.drift:
-            raise ValueError("say when a cycle begins: verdicts, hours or drift")
+        if self.verdicts is None and self.hours is None and not self.drift and not self.plateau:
+            raise ValueError("say when a cycle begins: verdicts, hours, drift or plateau")
         return self
 
 

@@ -168,7 +168,8 @@ def _current(loop: Loop, store: Store, now: Callable[[], float]) -> Cycle | None
         return last
     now_champion = champion(store, loop.config.name)
     assert now_champion is not None, "checked before"
-    touched = now_champion.artifact_id in marked(store)
+    model = now_champion.artifact_id
+    touched = model in marked(store)
     why = due(
         store,
         loop.config.trigger,
@@ -176,6 +177,7 @@ def _current(loop: Loop, store: Store, now: Callable[[], float]) -> Cycle | None
         last_at=None if last is None else last.began_at,
         last_decided=0 if last is None else last.decided,
         touched=touched,
+        fresh=None if last is not None and last.base == model else model,
     )
     if why is None:
         return last

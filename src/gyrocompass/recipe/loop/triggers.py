@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from sqlalchemy import func, select
 
+from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
-from gyrocompass.core.tables_serving import ReviewRow
+from gyrocompass.core.tables_serving import AdminAct, ReviewRow
 from gyrocompass.measure.drift import watch
+from gyrocompass.recipe.forgetting import FORGOTTEN
 from gyrocompass.recipe.loop.config import Trigger
+from gyrocompass.recipe.loop.suggest import suggestions
 from gyrocompass.serve.events import read_events
 
 MOST_EVENTS = 20_000
@@ -16,10 +19,12 @@ RUN_LENGTH = 10_000.0
 
 
 def decided(store: Store) -> int:
-    """How many answers people have decided on so far."""
+    """How many answers people have decided on so far, those of users who were forgotten since among them."""
     with store.database.read() as connection:
         query = select(func.count()).where(ReviewRow.state == "decided")
-        return int(connection.scalar(query) or 0)
+        forgotten = select(AdminAct.about).where(AdminAct.act == FORGOTTEN)
+        gone = sum(about["decided"] for about in connection.scalars(forgotten))
+        return int(connection.scalar(query) or 0) + gone
 
 
 def due(
@@ -30,6 +35,7 @@ def due(
     last_at: float | None,
     last_decided: int,
     touched: bool = False,
+    fresh: str | None = None,
 ) -> str | None:
     """Why a cycle is due; None: it is not.
 
@@ -43,6 +49,7 @@ def due(
         last_at: when the last cycle began; None: there was none.
         last_decided: what `decided` was then.
         touched: whether the champion has to be trained again, since what it learned from was forgotten.
+        fresh: the champion's artifact, if no cycle has begun from it yet.
     """
     new = decided(store) - last_decided
     if touched and decided(store):
@@ -55,7 +62,18 @@ def due(
         return f"{trigger.hours:g} hours have passed, with {new} new verdicts"
     if trigger.drift and (alarm := _alarm(store, last_at or 0.0)):
         return alarm
+    if trigger.plateau and fresh is not None:
+        return _plateau(store, fresh)
     return None
+
+
+def _plateau(store: Store, model: str) -> str | None:
+    """Of the slices that a model's training no longer helped, the first."""
+    try:
+        found = suggestions(store.open(model, verify=False))
+    except BadInput:  # its folder is gone, and its training with it
+        return None
+    return f"{found[0].slice} {found[0].state}: {found[0].why}" if found else None
 
 
 def _alarm(store: Store, since: float) -> str | None:

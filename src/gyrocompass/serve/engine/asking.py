@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from gyrocompass.core.errors import GyroError
-from gyrocompass.serve.engine.engine import EmbeddedEngine
+from gyrocompass.serve.engine.desk import Engine
 from gyrocompass.serve.engine.kinds import Request, ScoreRequest, Step, Told
 
 
-async def steps(engine: EmbeddedEngine, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Step]]:
+async def steps(engine: Engine, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Step]]:
     """Write several sequences; what comes of each, with its number. Leaving early cancels all.
 
     Raises:
@@ -45,7 +45,7 @@ def _put(queue: asyncio.Queue[tuple[int, Step | GyroError]], number: int, what: 
     queue.put_nowait((number, what))
 
 
-async def scores(engine: EmbeddedEngine, requests: list[ScoreRequest]) -> list[list[Told]]:
+async def scores(engine: Engine, requests: list[ScoreRequest]) -> list[list[Told]]:
     """Score sequences.
 
     Raises:

@@ -21,9 +21,7 @@ Shape legend: B sequences that decode, L positions of a chunk, D hidden width, V
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import math
 import secrets
 import threading
 import time
@@ -41,6 +39,7 @@ from gyrocompass.model.head import causal_lm, context_length, find_head
 from gyrocompass.model.sampler import end_ids
 from gyrocompass.model.score import evaluating, top_tokens
 from gyrocompass.serve.engine.choose import Chooser
+from gyrocompass.serve.engine.desk import Limits, Post, Written
 from gyrocompass.serve.engine.kinds import (
     Busy,
     EngineSettings,
@@ -58,16 +57,13 @@ _SCORED_IN_A_TURN = 4096
 """Tokens; what waits beyond them comes after a step of everybody else."""
 
 
-class _Sequence:
-    """A request on its way."""
+class _Sequence(Written):
+    """With how its tokens are chosen, and its prompt's keys and values while they are read."""
 
     def __init__(self, request: Request, room: int, chooser: Chooser, text: TextStream, sink: Sink) -> None:
-        self.request, self.room, self.chooser, self.text, self.sink = request, room, chooser, text, sink
+        super().__init__(request, room, text, sink)
+        self.chooser = chooser
         self.scratch: Scratch | None = None
-        self.written = 0
-        self.last = -1
-        self.arrived = time.monotonic()
-        self.cancelled = False
 
     @property
     def longest(self) -> int:
@@ -94,9 +90,9 @@ class EmbeddedEngine:
         if config._attn_implementation == "flex_attention":
             raise BadInput("serving does not work with flex_attention", fix="load the model with sdpa")
         window = getattr(config, "sliding_window", None)
-        self.context = min(context_length(model), window or context_length(model))
         self._head = find_head(model)
-        self.n_vocabulary = int(self._head.w_VD.shape[0])
+        context = min(context_length(model), window or context_length(model))
+        self.limits = Limits(context, int(self._head.w_VD.shape[0]))
         self._device = self._head.w_VD.device
         self._ends = set(end_ids(model, tokenizer))
         self._lock = threading.Condition()
@@ -107,32 +103,18 @@ class EmbeddedEngine:
         self._rows = Rows()
         self._prefixes = Prefixes(self.settings.prefix_tokens)
         self._closing = False
-        self._told: list[tuple[Sink, Any]] = []
+        self._post = Post()
         self._rate = 0.0
         """Tokens in a second, as of late."""
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="gyro-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
-        """Queue a sequence.
-
-        Args:
-            request: what is to be written.
-            sink: called with each `Step`, and with a `GyroError` if it fails; on the loop of `attach`, or on
-                the engine's thread where there is none.
-
-        Returns:
-            A function that cancels it.
-
-        Raises:
-            BadInput: the request cannot be done.
-            Busy: the queue is full.
-        """
-        room = self._room(request)
+        """See `Engine.submit`."""
+        room = self.limits.room(request)
         seed = secrets.randbits(62) if request.seed is None else request.seed
         chooser = Chooser(
-            request.decoding, request.logit_bias, seed, self._tokenizer, self.n_vocabulary, request.ids
+            request.decoding, request.logit_bias, seed, self._tokenizer, self.limits.n_vocabulary, request.ids
         )
         text = TextStream(self._tokenizer, request.decoding.stop)
         sequence = _Sequence(request, room, chooser, text, sink)
@@ -147,27 +129,16 @@ class EmbeddedEngine:
         return cancel
 
     def score(self, requests: list[ScoreRequest], sink: Sink) -> None:
-        """Queue sequences to be scored; `sink` gets a list with a list of `Told` for each, or a `GyroError`.
-
-        Raises:
-            BadInput: one cannot be scored.
-            Busy: the queue is full.
-        """
-        for request in requests:
-            self._check_ids(request.ids)
-            if len(request.ids) > self.context:
-                raise BadInput(
-                    f"a prompt of {len(request.ids)} tokens is longer than the context of {self.context}",
-                    fix="shorten it",
-                )
+        """See `Engine.score`."""
+        self.limits.check_scored(requests)
         with self._lock:
             self._admit_one_more()
             self._scores.append((requests, sink))
             self._lock.notify()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Call sinks on this loop from now on."""
-        self._loop = loop
+        """See `Engine.attach`."""
+        self._post.attach(loop)
 
     def figures(self) -> dict[str, float]:
         """Gauges."""
@@ -196,25 +167,6 @@ class EmbeddedEngine:
             tokens = sum(sequence.room for sequence in self._waiting)
             raise Busy(min(60.0, max(1.0, tokens / max(self._rate, 100.0) / 4)))
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise BadInput("a prompt without a token", fix="give at least one")
-        wrong = next((token for token in ids if not 0 <= token < self.n_vocabulary), None)
-        if wrong is not None:
-            raise BadInput(f"there is no token {wrong}; the vocabulary has {self.n_vocabulary}")
-
-    def _room(self, request: Request) -> int:
-        self._check_ids(request.ids)
-        room = self.context - len(request.ids)
-        if room < 1:
-            raise BadInput(
-                f"a prompt of {len(request.ids)} tokens leaves no room in the context of {self.context}",
-                fix="shorten it",
-            )
-        if request.decoding.beams > 1:
-            raise BadInput("beams cannot be served")
-        return room if request.max_tokens is None else min(room, request.max_tokens)
-
     def _run(self) -> None:
         with evaluating(self._model), torch.no_grad():
             while True:
@@ -228,9 +180,9 @@ class EmbeddedEngine:
                 except Exception as error:  # one turn's fault must not end the server
                     _LOG.exception("a turn of the engine failed")
                     self._fail_all(GyroError(f"the engine failed: {error}"))
-                self._hand_over()
+                self._post.hand_over()
         self._fail_all(GyroError("the server is stopping"))
-        self._hand_over()
+        self._post.hand_over()
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._scores or self._reading or self._decoding)
@@ -268,11 +220,10 @@ class EmbeddedEngine:
         """Whether its client left or its time is up; the latter is told."""
         if sequence.cancelled:
             return True
-        stop_at = sequence.request.stop_at
-        if stop_at is None or time.time() < stop_at:
-            return False
-        self._tell(sequence, Step(sequence.text.finish(), [], "cut"))
-        return True
+        cut = sequence.cut()
+        if cut is not None:
+            self._post.tell(sequence.sink, cut)
+        return cut is not None
 
     def _admit(self) -> None:
         """Let waiting sequences begin, first come first served, as far as there is room."""
@@ -304,7 +255,7 @@ class EmbeddedEngine:
         self._reading.popleft()
         self._prefixes.keep(ids, scratch)
         if sequence.room == 0:
-            self._tell(sequence, Step("", [], "length"))
+            self._post.tell(sequence.sink, Step("", [], "length"))
             return
         self._rows.add(scratch)
         sequence.scratch = None
@@ -339,11 +290,12 @@ class EmbeddedEngine:
         sequences = [self._decoding[row] for row in rows]
         chosen = self._chosen(h_BD, sequences)
         told = self._primitive(h_BD, chosen, max(one.request.alternatives for one in sequences))
-        ended = [
-            row
-            for row, sequence, one in zip(rows, sequences, told, strict=True)
-            if self._goes_on(sequence, one) is False
-        ]
+        ended = []
+        for row, sequence, one in zip(rows, sequences, told, strict=True):
+            step = sequence.took(one, self._ends)
+            self._post.tell(sequence.sink, step)
+            if isinstance(step, GyroError) or step.finish is not None:
+                ended.append(row)
         for row in reversed(ended):
             self._remove(row)
 
@@ -380,30 +332,6 @@ class EmbeddedEngine:
         columns = zip(chosen, answer.logprob_T.tolist(), answer.entropy_T.tolist(), tops, strict=True)
         return [Told(*one) for one in columns]
 
-    def _goes_on(self, sequence: _Sequence, told: Told) -> bool:
-        """Tell a token; False: that was the sequence's last."""
-        if not math.isfinite(told.logprob):
-            self._tell(
-                sequence, GyroError(f"the model says {told.logprob} of a token: its weights are at fault")
-            )
-            return False
-        sequence.last, sequence.written = told.id, sequence.written + 1
-        told = told._replace(alternatives=told.alternatives[: sequence.request.alternatives])
-        if told.id in self._ends:
-            self._tell(sequence, Step(sequence.text.finish(), [told], "stop"))
-            return False
-        text = sequence.text.add(told.id)
-        if sequence.text.stopped:
-            self._tell(sequence, Step(text, [told], "stop"))
-            return False
-        if sequence.written >= sequence.room:
-            text += sequence.text.finish()
-            stopped = sequence.text.stopped
-            self._tell(sequence, Step(text, [told], "stop" if stopped else "length"))
-            return False
-        self._tell(sequence, Step(text, [told], None))
-        return True
-
     def _remove(self, row: int) -> None:
         """The last row takes its place, as in `Rows`."""
         self._rows.remove(row)
@@ -420,7 +348,7 @@ class EmbeddedEngine:
         )
         n_top = max(one.alternatives for one in requests)
         parts: list[dict[int, Told]] = [{} for _ in requests]
-        for scored, top in top_tokens(self._model, dataset, self.context, 4, n_top=n_top):
+        for scored, top in top_tokens(self._model, dataset, self.limits.context, 4, n_top=n_top):
             for k, (index, document) in enumerate(
                 zip(scored.index_K.tolist(), scored.document_K.tolist(), strict=True)
             ):
@@ -437,26 +365,8 @@ class EmbeddedEngine:
         found = [[part[index] for index in sorted(part)] for part in parts]
         start = 0
         for part, sink in asked:
-            self._told.append((sink, found[start : start + len(part)]))
+            self._post.tell(sink, found[start : start + len(part)])
             start += len(part)
-
-    def _tell(self, sequence: _Sequence, what: Step | GyroError) -> None:
-        self._told.append((sequence.sink, what))
-
-    def _hand_over(self) -> None:
-        told, self._told = self._told, []
-        if not told:
-            return
-
-        def call() -> None:
-            for sink, what in told:
-                sink(what)
-
-        if self._loop is None:
-            call()
-        else:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens
-                self._loop.call_soon_threadsafe(call)
 
     def _fail_all(self, error: GyroError) -> None:
         with self._lock:
@@ -464,9 +374,9 @@ class EmbeddedEngine:
             self._waiting.clear()
             self._scores.clear()
         for sequence in [*waiting, *self._reading, *self._decoding]:
-            self._tell(sequence, error)
+            self._post.tell(sequence.sink, error)
         for _, sink in scores:
-            self._told.append((sink, error))
+            self._post.tell(sink, error)
         self._reading.clear()
         self._decoding.clear()
         self._rows = Rows()
