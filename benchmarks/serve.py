@@ -4,8 +4,9 @@ python benchmarks/serve.py --model FOLDER                        (all parts; som
 python benchmarks/serve.py --model FOLDER --parts gate --litellm BIN/litellm
 python benchmarks/serve.py --model FOLDER --write                (into docs/benchmarks)
 
-engine    tokens per second of the embedded engine with 1, 8, 16 sequences at once, beside serial
-          `model.generate` on the same weights and prompts, in turns; greedy, no end of text
+engine    tokens per second of the embedded engine and of ctranslate2 (float32, int8) with 1, 8, 16 sequences
+          at once, beside serial `model.generate` on the same weights and prompts, in turns; greedy, no end
+          of text; every token told with its log-probability and entropy
 gate      latency of a server that answers at once: asked directly, through ours with a policy (patterns,
           masks, log of events), and through LiteLLM's proxy; 200 requests a second, open loop. Each proxy
           has a core for itself, load and upstream share the other. CPU is of the proxy's processes.
@@ -29,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,11 @@ def engine_part(folder: Path, rounds: int) -> tuple[list[list[str]], list[str]]:
     """Tokens per second."""
     from gyrocompass.core.errors import GyroError
     from gyrocompass.data.tokenizer import load_tokenizer
+    from gyrocompass.model.head import context_length
     from gyrocompass.model.open import open_model
+    from gyrocompass.serve.engine.converted import convert
+    from gyrocompass.serve.engine.ct2 import CTranslate2Engine, Weights, engine_name
+    from gyrocompass.serve.engine.desk import Engine, Limits
     from gyrocompass.serve.engine.engine import EmbeddedEngine
     from gyrocompass.serve.engine.kinds import Request
 
@@ -77,10 +83,17 @@ def engine_part(folder: Path, rounds: int) -> tuple[list[list[str]], list[str]]:
                 generate(torch.tensor([one]), attention_mask=mask, generation_config=config)
         return 8 * TOKENS / (time.perf_counter() - began)
 
-    engine = EmbeddedEngine(model, tokenizer)
-    engine._ends = set()  # as in `generate` above: everybody writes to the limit
+    embedded = EmbeddedEngine(model, tokenizer)
+    embedded._ends = set()  # as in `generate` above: everybody writes to the limit
+    engines: dict[str, Engine] = {"engine": embedded}
+    with tempfile.TemporaryDirectory() as kept:
+        converted = convert(model, tokenizer, Path(kept) / "model")
+        limits = Limits(context_length(model), int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+        kinds: tuple[Weights, ...] = ("float32", "int8")
+        for kind in kinds:
+            engines[engine_name(kind)] = CTranslate2Engine(converted, tokenizer, limits, (), weights=kind)
 
-    def together(count: int) -> float:
+    def together(engine: Engine, count: int) -> float:
         left, done = [count], threading.Event()
 
         def sink(what: Any) -> None:
@@ -96,14 +109,19 @@ def engine_part(folder: Path, rounds: int) -> tuple[list[list[str]], list[str]]:
         return count * TOKENS / (time.perf_counter() - began)
 
     contenders: dict[str, Any] = {"model.generate, one after another": serial}
-    contenders |= {f"engine, {count} at once": (lambda count=count: together(count)) for count in (1, 8, 16)}
+    contenders |= {
+        f"{name}: {count} at once": partial(together, engine, count)
+        for name, engine in engines.items()
+        for count in (1, 8, 16)
+    }
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender()
     for number in range(rounds):
         for name in random.Random(number).sample(sorted(contenders), len(contenders)):
             found[name].append(contenders[name]())
-    engine.close()
+    for engine in engines.values():
+        engine.close()
     base = statistics.median(found["model.generate, one after another"])
     rows = [
         [name, f"{statistics.median(rates):,.0f}", f"{statistics.median(rates) / base:.2f}"]

@@ -378,7 +378,8 @@ def test_a_champion_that_no_longer_learns_is_a_reason_once(
     still = [Suggestion("prose", "stands still", "more data", "3.2, then 3.2 nats", ())]
     monkeypatch.setattr(triggers, "suggestions", lambda trained: still)
     assert why(model) == "prose stands still: 3.2, then 3.2 nats" and why(None) is None
-    place.write(loop=LOOP.replace("verdicts: 3", "plateau: true"), rule=RULE.replace("0.5", "-9.0"))
+    never = RULE.replace("kind: likelihood, margin: 0.5", "kind: calibration, at_most: 0.1")
+    place.write(loop=LOOP.replace("verdicts: 3", "plateau: true"), rule=never)
     first = place.go()
     assert first is not None and first.state == "refused" and first.why.startswith("prose stands still")
     place.decide(2)

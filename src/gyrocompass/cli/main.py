@@ -7,7 +7,6 @@ Nothing heavy is imported before a verb is chosen, so that `gyro --help` answers
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 import os
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gyrocompass import __version__
-from gyrocompass.core.errors import BadInput, GyroError
+from gyrocompass.core.errors import BadInput, GyroError, refused_by_disk
 
 DESCRIPTION = "A language model's whole life on one signal: the log-probability of each token."
 
@@ -45,29 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        failure = _refused_by_disk(error)
+        failure = refused_by_disk(error)
         if failure is None:
             raise
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
-
-
-def _refused_by_disk(error: Exception) -> GyroError | None:
-    """What a file or a full disk refused, as an error for users; None: a bug of ours."""
-    fix = "check that the place is there, writable and not full"
-    safetensors = sys.modules.get("safetensors")
-    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
-        # It names neither file nor errno: "I/O error: No space left on device (os error 28)".
-        return GyroError(f"weights cannot be written: {error}", fix=fix) if "os error" in str(error) else None
-    if not isinstance(error, OSError) or error.errno is None:
-        return None
-    if error.filename is None and error.errno not in _DISK_ERRORS:
-        return None
-    return GyroError(error.strerror or str(error), where=error.filename2 or error.filename, fix=fix)
-
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-"""What a write says of its disk without naming the file."""
 
 
 def _load(verb: str) -> Callable[[argparse.Namespace], int]:

@@ -19,6 +19,7 @@ from gyrocompass.core.store import Store
 if TYPE_CHECKING:
     from gyrocompass.recipe.serving import Background
     from gyrocompass.serve.backend import Backend
+    from gyrocompass.serve.policy import Policy
     from gyrocompass.serve.services import Ways
 
 
@@ -28,11 +29,10 @@ def serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from gyrocompass.serve.app import make_app
-        from gyrocompass.serve.assembly import assemble, make_lane
+        from gyrocompass.serve.assembly import assemble
         from gyrocompass.serve.events import EventSettings
         from gyrocompass.serve.policy import load_policy
-        from gyrocompass.serve.review import Reviews
-        from gyrocompass.serve.services import OneWay, ServeSettings
+        from gyrocompass.serve.services import ServeSettings
         from gyrocompass.serve.sessions import secret_of
         from gyrocompass.serve.traces import write_traces
         from gyrocompass.serve.upstream import Upstream
@@ -76,20 +76,7 @@ def serve(options: argparse.Namespace) -> int:
         )
         shown = f"{name}:{ways.open().version} and whichever version is champion after it"
     else:
-        if options.upstream is not None:
-            key = options.upstream_key_env
-            backend: Backend = Upstream(options.upstream, model=options.upstream_model or "", api_key_env=key)
-            lineage: dict[str, str | None] = {}
-        else:
-            from gyrocompass.recipe.serving import lineage_of
-
-            folder = model_folder(options)
-            lineage = lineage_of(folder)
-            name = options.name or lineage.get("model") or folder.resolve().name
-            backend = _opened(options, store)(folder, name)
-        queue = Reviews(store.database)
-        lane = make_lane(store, backend, stronger=stronger, policy=policy, queue=queue, lineage=lineage)
-        ways, shown = OneWay(lane), f"{lineage.get('model') or options.model or ''} ({backend.name})"
+        ways, shown = _one_way(options, store, stronger, policy)
     services = assemble(
         store,
         ways,
@@ -109,6 +96,33 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _one_way(
+    options: argparse.Namespace, store: Store, stronger: Backend | None, policy: Policy | None
+) -> tuple[Ways, str]:
+    """A model here, or another server; and what it is called."""
+    from gyrocompass.recipe.serving import lineage_of
+    from gyrocompass.serve.assembly import make_lane
+    from gyrocompass.serve.review import Reviews
+    from gyrocompass.serve.services import OneWay
+    from gyrocompass.serve.upstream import Upstream
+
+    lineage: dict[str, str | None] = {}
+    if options.upstream is not None:
+        key = options.upstream_key_env
+        backend: Backend = Upstream(options.upstream, model=options.upstream_model or "", api_key_env=key)
+        shown = options.upstream
+    else:
+        folder = model_folder(options)
+        lineage = lineage_of(folder)
+        name = options.name or lineage.get("model") or folder.resolve().name
+        backend = _opened(options, store)(folder, name)
+        lineage |= {"engine": backend.name}
+        shown = f"{name} ({backend.name})"
+    queue = Reviews(store.database)
+    lane = make_lane(store, backend, stronger=stronger, policy=policy, queue=queue, lineage=lineage)
+    return OneWay(lane), shown
+
+
 def _opened(options: argparse.Namespace, store: Store) -> Callable[[Path, str], Backend]:
     """What opens a model's folder under a name, with the engine that was asked for."""
     from gyrocompass.serve.engine.kinds import EngineSettings
@@ -117,10 +131,11 @@ def _opened(options: argparse.Namespace, store: Store) -> Callable[[Path, str], 
     settings = parse(EngineSettings, rows, "gyro serve")
     if options.engine == "ctranslate2":
         from gyrocompass.serve.engine.converted import open_converted
+        from gyrocompass.serve.engine.ct2 import Weights
 
         if options.precision == "bfloat16":
             raise BadInput("ctranslate2 has float32 and int8 here", fix="--precision float32, or int8")
-        weights = options.precision or "float32"
+        weights: Weights = "int8" if options.precision == "int8" else "float32"
         return partial(open_converted, kept=store.root / "converted", weights=weights, settings=settings)
     import torch
 

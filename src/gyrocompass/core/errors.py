@@ -17,6 +17,8 @@ This module imports almost nothing, because every command line starts by importi
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable, Sequence
 
 
@@ -141,3 +143,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if best is not None:
         return f"; did you mean {best}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def refused_by_disk(error: Exception) -> GyroError | None:
+    """What a file or a full disk refused, as an error for users; None: a bug of ours."""
+    fix = "check that the place is there, writable and not full"
+    safetensors = sys.modules.get("safetensors")
+    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
+        # It names neither file nor errno: "I/O error: No space left on device (os error 28)".
+        return GyroError(f"weights cannot be written: {error}", fix=fix) if "os error" in str(error) else None
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.filename is None and error.errno not in _DISK_ERRORS:
+        return None
+    return GyroError(error.strerror or str(error), where=error.filename2 or error.filename, fix=fix)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""What a write says of its disk without naming the file."""

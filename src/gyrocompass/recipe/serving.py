@@ -57,8 +57,8 @@ def follow(
     def open_lane(version: Version, hidden: bool) -> Lane:
         own = policy if version.policy_id is None else kept_policy(store, version.policy_id)
         folder = store.open(version.artifact_id).path
-        lineage = lineage_of(folder) | {"version": f"{name}:{version.version}"}
         backend = opened(folder, shown_as or name)
+        lineage = lineage_of(folder) | {"version": f"{name}:{version.version}", "engine": backend.name}
         queue = None if hidden else Reviews(store.database, reviews)
         return make_lane(store, backend, stronger=stronger, policy=own, queue=queue, lineage=lineage)
 

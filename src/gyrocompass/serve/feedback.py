@@ -21,6 +21,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
@@ -69,8 +70,11 @@ def export(store: Store, *, since: float = 0.0, until: float = math.inf, all_tex
     recipe = {"kind": "feedback", "all_texts": all_texts, "since": since}
     key = config_hash(recipe | {"reviews": [item["id"] for item in items]})
     with store.create(key, "feedback", parents=parents, recipe=recipe) as draft:
-        files = {name: (draft.path / f"{name}.jsonl").open("w", encoding="utf-8") for name in FILES}
-        try:
+        with ExitStack() as open_files:
+            files = {
+                name: open_files.enter_context((draft.path / f"{name}.jsonl").open("w", encoding="utf-8"))
+                for name in FILES
+            }
             for item in items:
                 may = all_texts or item["consent"]
                 without += not may
@@ -78,9 +82,6 @@ def export(store: Store, *, since: float = 0.0, until: float = math.inf, all_tex
                     if may or name == "labels":
                         files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
                         counts[name] += 1
-        finally:
-            for file in files.values():
-                file.close()
         draft.counts |= {name: counts[name] for name in FILES} | {"without_consent": without}
         draft.documents = ()
     return Exported(draft.artifact, {name: counts[name] for name in FILES}, without)

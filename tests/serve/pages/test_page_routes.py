@@ -16,18 +16,24 @@ from hypothesis import strategies as st
 from parrot import Parrot
 from starlette.testclient import TestClient
 
+from databases import copied
 from gyrocompass.core.config import parse
 from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import PromotionRule, promote
 from gyrocompass.govern.registry import register
 from gyrocompass.govern.rollout import RolloutPlan, start
+from gyrocompass.measure.ledger import Ledger
+from gyrocompass.recipe.run import read_run
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.app import make_app
 from gyrocompass.serve.assembly import assemble, make_lane
+from gyrocompass.serve.events import EventLog, EventSettings
 from gyrocompass.serve.keys import create_key
 from gyrocompass.serve.pages.charts import bars, lines
+from gyrocompass.serve.pages.figures import overview
 from gyrocompass.serve.review import Reviews, ReviewSettings
 from gyrocompass.serve.services import OneWay, ServeSettings
+from tiny_recipe import FinishedRun
 
 ONCE = ReviewSettings(double_share=0.0)
 
@@ -203,3 +209,25 @@ def test_versions_are_shown_with_aliases_and_trials(client: TestClient, store: S
     page = client.get("/models").text
     assert "helper:1" in page and "champion" in page and "canary: running" in page
     assert "ann&lt;b&gt;" in page and "ann<b>" not in page
+
+
+def test_answers_stand_beside_their_models_training(finished_run: FinishedRun, tmp_path: Path) -> None:
+    store = Store(copied(finished_run.store, tmp_path / "store"))
+    model = next(stage.artifact for stage in read_run(store, "tiny").stages if stage.name == "fine_tuned")
+    assert overview(store).beside == []
+    ledger = Ledger.load(store.open(model).path / "ledger.parquet")
+    (learned,) = ledger.names("slice")
+    log = EventLog(store.database, EventSettings())
+    for name in ("", learned, "elsewhere"):
+        log.record(asked(model=model, slice=name), answered("it is four"), None, 200)
+    log.record(asked(model="model-of-another-store"), answered("old")._replace(tokens=()), None, 200)
+    log.close()
+    found = overview(store).beside
+    all_, code, elsewhere = found[0], *sorted(found[1:], key=lambda one: one.slice != learned)
+    assert (all_.slice, all_.answers, all_.share, all_.trained_share) == ("", 3, 1.0, 1.0)
+    assert all_.trained_surprisal == pytest.approx(ledger.total.value / ledger.total.count)
+    assert all_.surprisal == pytest.approx(0.1, abs=0.1) and all_.trained_entropy is not None
+    assert code.answers == 1 and code.trained_share == pytest.approx(1.0)
+    assert elsewhere.trained_share == 0 and elsewhere.trained_surprisal is None
+    with TestClient(app_of(store)) as client:
+        assert "Beside training" in client.get("/overview").text

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from gyrocompass.core.artifact import Artifact
 from gyrocompass.core.config import Config, parse
-from gyrocompass.core.errors import BadInput, DamagedArtifact, GyroError, Interrupted
+from gyrocompass.core.errors import BadInput, DamagedArtifact, GyroError, Interrupted, refused_by_disk
 from gyrocompass.core.folder import locked, write_whole
 from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import Decision, promote, scores_of
@@ -120,12 +120,14 @@ def run_loop(
                     cycle = _carry_on(loop, store, cycle, console, now)
             except (BadInput, Interrupted):
                 raise
-            except GyroError as error:  # a database that is away, a disk that is full: it may pass
-                if once:
+            except Exception as error:
+                # A database that is away, a disk that is full: it may pass.
+                passing = error if isinstance(error, GyroError) else refused_by_disk(error)
+                if once or passing is None:
                     raise
                 failures += 1
                 pause_s = min(_MOST_PAUSE_S, loop.config.poll_s * 2**failures)
-                console.print(f"tried again in {pause_s:.0f} s: {error}", highlight=False, markup=False)
+                console.print(f"tried again in {pause_s:.0f} s: {passing}", highlight=False, markup=False)
                 sleep(pause_s)
                 continue
             failures = 0

@@ -23,7 +23,7 @@ def decided(store: Store) -> int:
     with store.database.read() as connection:
         query = select(func.count()).where(ReviewRow.state == "decided")
         forgotten = select(AdminAct.about).where(AdminAct.act == FORGOTTEN)
-        gone = sum(about["decided"] for about in connection.scalars(forgotten))
+        gone = sum(int(about["decided"]) for about in connection.scalars(forgotten))
         return int(connection.scalar(query) or 0) + gone
 
 

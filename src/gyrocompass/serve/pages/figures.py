@@ -17,6 +17,7 @@ from gyrocompass.core.tables_registry import AliasRow, RolloutRow, VersionRow
 from gyrocompass.core.tables_serving import EventRow, ReviewRow, VerdictRow
 from gyrocompass.measure.drift import Watched, watch
 from gyrocompass.measure.intervals import Estimate
+from gyrocompass.measure.ledger import Ledger
 from gyrocompass.serve.agreement import Looked, error_rate, kappa
 from gyrocompass.serve.events import read_events
 from gyrocompass.serve.feedback import is_right
@@ -48,6 +49,26 @@ class Overview(NamedTuple):
     """Kappa of those who looked at the same items."""
     pairs: int
     drift: Sequence[Watched]
+    beside: Sequence[Beside]
+    """All, then slice by slice; empty where no answer names a model whose ledger is here."""
+
+
+class Beside(NamedTuple):
+    """What is asked, beside what the model was trained on."""
+
+    slice: str
+    """Empty: all."""
+    answers: int
+    share: float
+    """Of answers."""
+    trained_share: float
+    """Of the training's tokens."""
+    surprisal: float
+    """Nats per token of answers, in the mean."""
+    trained_surprisal: float | None
+    """Nats per token of the training's ledger; None: it has no such slice."""
+    entropy: float | None
+    trained_entropy: float | None
 
 
 def overview(store: Store, days: float = 7.0) -> Overview:
@@ -75,7 +96,42 @@ def overview(store: Store, days: float = 7.0) -> Overview:
         kappa(pairs),
         len(pairs),
         watch(given) if given else [],
+        _beside(store, given),
     )
+
+
+def _beside(store: Store, given: Sequence[Mapping[str, Any]]) -> list[Beside]:
+    """Answers of the model that answered last, beside its training's ledger, which is the baseline."""
+    model = next((event["model"] for event in reversed(given) if event["mean_logprob"] is not None), "")
+    path = store.folder(model) / "ledger.parquet" if model else None
+    if path is None or not path.is_file():
+        return []
+    mine = [event for event in given if event["model"] == model and event["mean_logprob"] is not None]
+    ledger = Ledger.load(path)
+    trained = {"": ledger.total} | dict(ledger.items("slice"))
+    names = ["", *sorted({event["slice"] for event in mine} - {""})]
+    found = []
+    for name in names:
+        own = [event for event in mine if name in ("", event["slice"])]
+        entropies = [event["mean_entropy"] for event in own if event["mean_entropy"] is not None]
+        sums = trained.get(name)
+        found.append(
+            Beside(
+                name,
+                len(own),
+                len(own) / len(mine),
+                0.0 if sums is None else _ratio(sums.count, trained[""].count),
+                -float(np.mean([event["mean_logprob"] for event in own])),
+                None if sums is None else _ratio(sums.value, sums.count),
+                float(np.mean(entropies)) if entropies else None,
+                None if sums is None else _ratio(sums.entropy, sums.entropy_count),
+            )
+        )
+    return found
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else 0.0
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
