@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -m "not slow"
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo demo-small test test-slow check audit bench bench-align clean
+.PHONY: demo demo-small test test-postgres test-slow check audit bench bench-align clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gyro demo
@@ -20,6 +20,13 @@ test: $(VENV)/.installed-check
 	$(PYTEST) tests/loss >$$losses 2>&1 & half=$$!; trap "kill $$half 2>/dev/null; rm -f $$losses" EXIT; \
 	$(PYTEST) --ignore=tests/loss; status=$$?; \
 	wait $$half || status=$$?; cat $$losses; exit $$status
+
+# Whatever keeps something in a store, with every store in the PostgreSQL that GYRO_TEST_POSTGRES_URL names.
+test-postgres: $(VENV)/.installed-check
+	@recipes=$$(mktemp); export OMP_NUM_THREADS=1 GYRO_TEST_STORES=postgresql; \
+	$(PYTEST) tests/recipe >$$recipes 2>&1 & half=$$!; trap "kill $$half 2>/dev/null; rm -f $$recipes" EXIT; \
+	$(PYTEST) tests/cli tests/core tests/data/curate tests/govern tests/serve; status=$$?; \
+	wait $$half || status=$$?; cat $$recipes; exit $$status
 
 test-slow: $(VENV)/.installed-check
 	$(BIN)/python -m pytest -m slow

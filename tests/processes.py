@@ -12,11 +12,12 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import databases  # noqa: F401  (where the stores of these processes are, too)
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "pytest",
-        "databases",
         "alembic.command",
         "gyrocompass.core.store",
         "gyrocompass.recipe.verify_resume",

@@ -178,7 +178,7 @@ def _nodes(node: Any) -> list[Any]:
 
 
 def test_a_bad_challenger_is_refused_and_a_bad_canary_is_taken_back(place: Place) -> None:
-    place.write(rate=0.5, rule=RULE.replace("0.5", "0.01"))
+    place.write(rate=3.0, rule=RULE.replace("0.5", "0.01"))
     place.decide(3)
     cycle = place.go()
     assert cycle is not None and cycle.state == "refused" and "is allowed" in cycle.told

@@ -196,7 +196,8 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     share, z2 = right / count, Z_95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     reach = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    # The share is in it, whatever rounding says.
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
 def expected_calibration_error(
