@@ -15,7 +15,7 @@ from rich.text import Text
 from gyrocompass.core.store import Store
 from gyrocompass.data.curate.dataset import LEAVES
 from gyrocompass.govern.difference import ABSENT, Difference, Setting, difference, settings_between
-from gyrocompass.govern.registry import resolve
+from gyrocompass.govern.registry import artifact_named
 from gyrocompass.measure.intervals import Estimate
 from gyrocompass.recipe import report_format as fmt
 
@@ -37,7 +37,7 @@ def diff(options: argparse.Namespace) -> int:
             console.print("nothing differs")
         return 0
     store = Store(options.store, options.store_url, make=False)
-    names = [_artifact(store, name) for name in (options.a, options.b)]
+    names = [artifact_named(store, name) for name in (options.a, options.b)]
     if all((store.open(name, verify=False).path / LEAVES).is_file() for name in names):
         from gyrocompass.cli.data import show_difference
 
@@ -60,10 +60,6 @@ def _is_recipe(name: str) -> bool:
     from gyrocompass.recipe.recipe import builtin_names
 
     return name in builtin_names()
-
-
-def _artifact(store: Store, name: str) -> str:
-    return resolve(store, name) if "@" in name or ":" in name else store.open(name, verify=False).id
 
 
 def _print_difference(found: Difference, console: Console) -> None:

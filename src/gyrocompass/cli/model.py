@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from gyrocompass.core.errors import BadInput
@@ -19,16 +18,14 @@ def model_folder(options: argparse.Namespace) -> Path:
     path = Path(options.model)
     if path.is_dir():
         return path
-    if re.search("[@:]", options.model) and "/" not in options.model and options.store.is_dir():
-        from gyrocompass.govern.registry import resolve
-
-        store = Store(options.store, options.store_url, make=False)
-        return store.open(resolve(store, options.model)).path
     if "/" in options.model or not options.store.is_dir():
         raise BadInput(
             "there is no such model folder", where=path, fix="give a folder, or an id with --store"
         )
-    artifact = Store(options.store, options.store_url, make=False).open(options.model)
+    from gyrocompass.govern.registry import artifact_named
+
+    store = Store(options.store, options.store_url, make=False)
+    artifact = store.open(artifact_named(store, options.model))
     if artifact.manifest.kind != "model":
         raise BadInput(
             f"{artifact.id} is of the kind {artifact.manifest.kind}, not a model", where=artifact.path

@@ -16,7 +16,7 @@ from gyrocompass.core.errors import BadInput
 from gyrocompass.core.store import Store
 from gyrocompass.govern.promote import PromotionRule
 from gyrocompass.govern.promote import promote as judge
-from gyrocompass.govern.registry import point, register, resolve, roll_back, versions
+from gyrocompass.govern.registry import artifact_named, point, register, roll_back, versions
 
 
 def registry(options: argparse.Namespace) -> int:
@@ -106,8 +106,7 @@ def card(options: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"the intended use cannot be read: {error}", where=options.intended_use) from error
     store = Store(options.store, options.store_url, make=False)
-    named = "@" in options.model or ":" in options.model
-    text = model_card(store, resolve(store, options.model) if named else options.model, use)
+    text = model_card(store, artifact_named(store, options.model), use)
     if options.out is None:
         print(text, end="")
         return 0

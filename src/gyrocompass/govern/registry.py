@@ -137,6 +137,15 @@ def resolve(store: Store, reference: str) -> str:
     return known[-1].artifact_id
 
 
+def artifact_named(store: Store, text: str) -> str:
+    """The artifact that NAME:VERSION, NAME@ALIAS, or the unique beginning of an id means.
+
+    Raises:
+        BadInput: there is none.
+    """
+    return resolve(store, text) if "@" in text or ":" in text else store.open(text, verify=False).id
+
+
 def champion(store: Store, name: str) -> Version | None:
     """The version that is champion now."""
     return next((version for version in versions(store, name) if CHAMPION in version.aliases), None)
