@@ -77,7 +77,7 @@ class EventLog:
             "text": None if answered is None else self._kept(answered.text),
         }
         try:
-            self._queue.put_nowait(storable(row))
+            self._queue.put_nowait(row)
         except queue.Full:
             self.dropped += 1
 
@@ -102,7 +102,7 @@ class EventLog:
                 except queue.Empty:
                     break
             open_ = None not in rows
-            self._store([row for row in rows if row is not None])
+            self._store([storable(row) for row in rows if row is not None])
 
     def _store(self, rows: list[dict[str, Any]]) -> None:
         """Try until it works: a database that goes away comes back."""

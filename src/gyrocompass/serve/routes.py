@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from gyrocompass.model.decoding import Decoding
@@ -80,6 +81,14 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 NOBODY = Caller("", "", "", ())
 
 
+class Direct(APIRoute):
+    """A route whose handler takes the request and gives the response: there is nothing to be solved."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler itself."""
+        return self.endpoint
+
+
 class Routes:
     """The handlers, which share what they are made of."""
 
@@ -103,7 +112,7 @@ class Routes:
             body = {"required": True, "content": {"application/json": {"schema": reference}}}
             router.add_api_route(
                 path, handler, methods=["POST"], openapi_extra={"requestBody": body}, responses=RESPONSES,
-                response_class=JSONResponse,
+                response_class=JSONResponse, route_class_override=Direct,
             )  # fmt: skip
         for path, handler in (
             ("/v1/models", self.models),

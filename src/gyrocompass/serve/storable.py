@@ -19,8 +19,11 @@ def storable(value: Any) -> Any:
     >>> storable({"a": "x\\0y", "b": [float("-inf"), 1.5]})
     {'a': 'x�y', 'b': [None, 1.5]}
     """
+    if value is None or isinstance(value, int):
+        return value
     if isinstance(value, str):
-        return _UNSTORABLE.sub("\ufffd", value)
+        plain = value.isascii() and "\0" not in value
+        return value if plain else _UNSTORABLE.sub("\ufffd", value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -150,17 +150,27 @@ async def until_gone(request: Request, coroutine: Awaitable[T]) -> T:
     Raises:
         Failure: 499, which nobody reads.
     """
-    task = asyncio.ensure_future(coroutine)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Failure(499, "the client left")
-    finally:
-        gone.cancel()
-        if not task.done():
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    left = over = False
+
+    def leave(watch: asyncio.Future[None]) -> None:
+        nonlocal left
+        if not (over or watch.cancelled()):
+            left = True
             task.cancel()
+
+    gone = asyncio.ensure_future(_gone(request))
+    gone.add_done_callback(leave)
+    try:
+        return await coroutine
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:
+            raise Failure(499, "the client left") from None
+        raise
+    finally:
+        over = True
+        gone.cancel()
 
 
 async def _gone(request: Request) -> None:

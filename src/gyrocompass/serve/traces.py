@@ -4,7 +4,7 @@
                             .response.finish_reasons, .usage.input_tokens, .usage.output_tokens
                             and ours: gyro.gate.outcome, gyro.confidence, gyro.engine, gyro.request.id
 
-Texts are in no span. Where nobody has set a tracer provider spans cost next to nothing and go nowhere;
+Texts are in no span. Where nobody has set a tracer provider there are no spans;
 `gyro serve --traces FILE` writes them as JSON lines, and a provider that the environment sets up (such as
 opentelemetry-instrument does) gets them too.
 """
@@ -48,7 +48,10 @@ class Traced:
 
 @contextmanager
 def span(asked: Asked, job: Job, engine: str) -> Iterator[Traced]:
-    """The span of one question; a failure on the way is its status."""
+    """The span of one question; a failure on the way is its status. Without a provider it costs nothing."""
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):  # nobody has set one
+        yield Traced(trace.INVALID_SPAN)
+        return
     operation = _OPERATIONS[asked.kind]
     tracer = trace.get_tracer("gyrocompass.serve")
     with tracer.start_as_current_span(
