@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -90,6 +91,9 @@ def serve(options: argparse.Namespace) -> int:
     console.print(f"serving {shown} at http://{options.host}:{options.port}/v1")
     traces = None if options.traces is None else write_traces(options.traces)
     logging.getLogger("gyrocompass.serve").addHandler(logging.StreamHandler())
+    # What was imported stays: the collector need not look through it while requests wait.
+    gc.collect()
+    gc.freeze()
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
     if traces is not None:
         traces.shutdown()

@@ -45,9 +45,9 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(Exception, _crashed)
     app.add_middleware(Surface, metrics=metrics, max_body_bytes=settings.max_body_bytes)
-    app.include_router(Routes(services, settings, metrics).router())
-    for router in services.routers:
-        app.include_router(router)
+    # Routes as they are: what `include_router` wraps them in is looked through at every request.
+    for router in (Routes(services, settings, metrics).router(), *services.routers):
+        app.router.routes.extend(router.routes)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -77,7 +77,8 @@ class EventLog:
             "text": None if answered is None else self._kept(answered.text),
         }
         try:
-            self._queue.put_nowait(row)
+            # Here and not in the thread, which would hold the interpreter while requests wait for it.
+            self._queue.put_nowait(storable(row))
         except queue.Full:
             self.dropped += 1
 
@@ -102,7 +103,7 @@ class EventLog:
                 except queue.Empty:
                     break
             open_ = None not in rows
-            self._store([storable(row) for row in rows if row is not None])
+            self._store([row for row in rows if row is not None])
 
     def _store(self, rows: list[dict[str, Any]]) -> None:
         """Try until it works: a database that goes away comes back."""
