@@ -55,6 +55,20 @@ def test_a_policy_is_checked_kept_and_tried(gyro: Gyro, store: Store, tmp_path: 
     assert code == 2 and "policy.yaml:2" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--engine", "ctranslate2", "--precision", "bfloat16"), "ctranslate2 has float32 and int8 here"),
+        (("--precision", "int8"), "the embedded engine has no int8"),
+    ],
+)
+def test_what_an_engine_does_not_have_is_said(
+    gyro: Gyro, store: Store, model_folder: Path, options: tuple[str, ...], said: str
+) -> None:
+    code, _, err = gyro("serve", model_folder, *options, "--store", store.root)
+    assert code == 2 and said in err and "fix: --" in err
+
+
 def test_keys_are_made_shown_and_revoked(gyro: Gyro, store: Store) -> None:
     code, key, _ = gyro("keys", "create", "ann", "--scopes", "review", "--store", store.root)
     assert code == 0 and key.startswith("gyro_")
