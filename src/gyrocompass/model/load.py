@@ -32,6 +32,7 @@ from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.model.future_heads import FILE as FUTURE_HEADS
 from gyrocompass.model.future_heads import load_future_heads, save_future_heads, without_future_heads
 from gyrocompass.model.head import ATTENTIONS
+from gyrocompass.model.lean_norm import make_lean
 from gyrocompass.model.lora import is_adapted, merged
 from gyrocompass.model.scalar_head import FILE as SCALAR_HEAD
 from gyrocompass.model.scalar_head import load_scalar_head, save_scalar_head, without_scalar_head
@@ -74,6 +75,7 @@ def load_causal_lm(
     loaded: nn.Module = model.to(device)
     load_scalar_head(loaded, folder)
     load_future_heads(loaded, folder)
+    make_lean(loaded)
     widen_where_narrow_is_slow(loaded)
     return loaded.eval()
 
@@ -114,6 +116,7 @@ def new_causal_lm(
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise BadInput(f"this architecture cannot be built: {error}", where="architecture") from error
+    make_lean(model)
     widen_where_narrow_is_slow(model)
     return model.to(dtype).eval()
 
