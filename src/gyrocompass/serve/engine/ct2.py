@@ -1,7 +1,7 @@
 """ctranslate2 as the engine: faster on CPUs; with weights of 8 bits faster still, and approximate.
 
     submit --> waiting --> a batch of what is drawn alike, written to its end --> the next batch
-    score  --> between batches, one sequence at a time
+    score  --> between batches, one sequence at a time, its logits held as a whole (4 V bytes for a token)
 
 A batch is what waits when the one before has ended; who comes later waits for its end (there is no continuous
 batching). Its prompts are of about one length, since ctranslate2 reads what goes beyond the shortest token
@@ -16,11 +16,8 @@ Shape legend: A sequences of a batch that are still written, L positions, V voca
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +28,8 @@ from torch import Tensor
 
 from gyrocompass.core.errors import BadInput, GyroError, MissingDependency
 from gyrocompass.model.decoding import Decoding
-from gyrocompass.serve.engine.desk import Limits, Post, Written
-from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest, Sink, Step, Told
+from gyrocompass.serve.engine.desk import Desk, Limits, Post, Written
+from gyrocompass.serve.engine.kinds import EngineSettings, Request, ScoreRequest, Sink, Step, Told
 from gyrocompass.serve.engine.text import TextStream
 
 Weights = Literal["float32", "int8"]
@@ -73,7 +70,7 @@ def ctranslate2() -> Any:
     return library
 
 
-class CTranslate2Engine:
+class CTranslate2Engine(Desk[Written]):
     """Answers with a converted model in this process, on the CPU.
 
     Args:
@@ -98,67 +95,25 @@ class CTranslate2Engine:
         weights: Weights = "float32",
         settings: EngineSettings | None = None,
     ) -> None:
-        self.limits, self.settings = limits, settings or EngineSettings()
+        super().__init__(limits, settings)
         self._generator = ctranslate2().Generator(
             str(folder), device="cpu", compute_type=weights, intra_threads=torch.get_num_threads()
         )
         self._tokenizer, self._ends = tokenizer, sorted(ends)
-        self._lock = threading.Condition()
-        self._waiting: deque[Written] = deque()
-        self._scores: deque[tuple[list[ScoreRequest], Sink]] = deque()
         self._running = 0
-        self._rate = 0.0
-        """Tokens in a second, as of late."""
-        self._closing = False
-        self._post = Post()
-        self._thread = threading.Thread(target=self._run, name="gyro-ctranslate2", daemon=True)
-        self._thread.start()
+        self._begin(self._run, "gyro-ctranslate2")
 
     def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
         """See `Engine.submit`."""
         room = self.limits.room(request)
         _check(request)
         written = Written(request, room, TextStream(self._tokenizer, request.decoding.stop), sink)
-        with self._lock:
-            self._admit_one_more()
-            self._waiting.append(written)
-            self._lock.notify()
-
-        def cancel() -> None:
-            written.cancelled = True
-
-        return cancel
-
-    def score(self, requests: list[ScoreRequest], sink: Sink) -> None:
-        """See `Engine.score`; a sequence's logits are held as a whole, 4 V bytes for each token."""
-        self.limits.check_scored(requests)
-        with self._lock:
-            self._admit_one_more()
-            self._scores.append((requests, sink))
-            self._lock.notify()
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See `Engine.attach`."""
-        self._post.attach(loop)
+        return self._queue(written)
 
     def figures(self) -> dict[str, float]:
         """Gauges."""
         waiting = len(self._waiting) + len(self._scores)
         return {"waiting": waiting, "running": self._running, "tokens_per_second": self._rate}
-
-    def close(self) -> None:
-        """End the thread; what is not done fails."""
-        with self._lock:
-            self._closing = True
-            self._lock.notify()
-        self._thread.join()
-
-    def _admit_one_more(self) -> None:
-        if self._closing:
-            raise GyroError("the server is stopping")
-        if len(self._waiting) + len(self._scores) >= self.settings.most_waiting:
-            tokens = sum(one.room for one in self._waiting)
-            raise Busy(min(60.0, max(1.0, tokens / max(self._rate, 100.0) / 4)))
 
     def _run(self) -> None:
         while True:
@@ -200,13 +155,11 @@ class CTranslate2Engine:
         return sorted(found, key=lambda one: -len(one.request.ids))
 
     def _is_over(self, one: Written) -> bool:
-        """Whether its client left, its time is up, or it may not write anything; the latter two are told."""
-        if one.cancelled:
+        """Also whether it may not write anything, which is told."""
+        if one.room == 0 and not one.cancelled:
+            self._post.tell(one.sink, Step("", [], "length"))
             return True
-        step = Step("", [], "length") if one.room == 0 else one.cut()
-        if step is not None:
-            self._post.tell(one.sink, step)
-        return step is not None
+        return super()._is_over(one)
 
     def _write(self, batch: Sequence[Written]) -> None:
         drawn = batch[0].request.decoding

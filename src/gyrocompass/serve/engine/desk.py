@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from gyrocompass.core.errors import BadInput, GyroError
-from gyrocompass.serve.engine.kinds import Request, ScoreRequest, Sink, Step, Told
+from gyrocompass.serve.engine.kinds import Busy, EngineSettings, Request, ScoreRequest, Sink, Step, Told
 from gyrocompass.serve.engine.text import TextStream
 
 
@@ -172,3 +174,78 @@ class Post:
         else:
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens
                 self._loop.call_soon_threadsafe(call)
+
+
+W = TypeVar("W", bound=Written)
+
+
+class Desk(Generic[W]):
+    """Where requests wait for an engine's thread, and from where it is closed.
+
+    Args:
+        limits: the model's.
+        settings: how much at once.
+    """
+
+    def __init__(self, limits: Limits, settings: EngineSettings | None) -> None:
+        self.limits, self.settings = limits, settings or EngineSettings()
+        self._lock = threading.Condition()
+        self._waiting: deque[W] = deque()
+        self._scores: deque[tuple[list[ScoreRequest], Sink]] = deque()
+        self._closing = False
+        self._post = Post()
+        self._rate = 0.0
+        """Tokens in a second, as of late."""
+        self._thread: threading.Thread | None = None
+
+    def score(self, requests: list[ScoreRequest], sink: Sink) -> None:
+        """See `Engine.score`."""
+        self.limits.check_scored(requests)
+        with self._lock:
+            self._admit_one_more()
+            self._scores.append((requests, sink))
+            self._lock.notify()
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See `Engine.attach`."""
+        self._post.attach(loop)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _begin(self, run: Callable[[], None], name: str) -> None:
+        self._thread = threading.Thread(target=run, name=name, daemon=True)
+        self._thread.start()
+
+    def _queue(self, written: W) -> Callable[[], None]:
+        """Let it wait; a function that cancels it."""
+        with self._lock:
+            self._admit_one_more()
+            self._waiting.append(written)
+            self._lock.notify()
+
+        def cancel() -> None:
+            written.cancelled = True
+
+        return cancel
+
+    def _admit_one_more(self) -> None:
+        if self._closing:
+            raise GyroError("the server is stopping")
+        if len(self._waiting) + len(self._scores) >= self.settings.most_waiting:
+            tokens = sum(one.room for one in self._waiting)
+            raise Busy(min(60.0, max(1.0, tokens / max(self._rate, 100.0) / 4)))
+
+    def _is_over(self, one: W) -> bool:
+        """Whether its client left or its time is up; the latter is told."""
+        if one.cancelled:
+            return True
+        cut = one.cut()
+        if cut is not None:
+            self._post.tell(one.sink, cut)
+        return cut is not None

@@ -20,10 +20,8 @@ Shape legend: B sequences that decode, L positions of a chunk, D hidden width, V
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,9 +37,8 @@ from gyrocompass.model.head import causal_lm, context_length, find_head
 from gyrocompass.model.sampler import end_ids
 from gyrocompass.model.score import evaluating, top_tokens
 from gyrocompass.serve.engine.choose import Chooser
-from gyrocompass.serve.engine.desk import Limits, Post, Written
+from gyrocompass.serve.engine.desk import Desk, Limits, Written
 from gyrocompass.serve.engine.kinds import (
-    Busy,
     EngineSettings,
     Request,
     ScoreRequest,
@@ -71,7 +68,7 @@ class _Sequence(Written):
         return len(self.request.ids) + self.room
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(Desk[_Sequence]):
     """Answers with a model in this process.
 
     Args:
@@ -84,7 +81,6 @@ class EmbeddedEngine:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, settings: EngineSettings | None = None) -> None:
-        self.settings = settings or EngineSettings()
         self._model, self._tokenizer = model, tokenizer
         config = causal_lm(model).config
         if config._attn_implementation == "flex_attention":
@@ -92,22 +88,14 @@ class EmbeddedEngine:
         window = getattr(config, "sliding_window", None)
         self._head = find_head(model)
         context = min(context_length(model), window or context_length(model))
-        self.limits = Limits(context, int(self._head.w_VD.shape[0]))
+        super().__init__(Limits(context, int(self._head.w_VD.shape[0])), settings)
         self._device = self._head.w_VD.device
         self._ends = set(end_ids(model, tokenizer))
-        self._lock = threading.Condition()
-        self._waiting: deque[_Sequence] = deque()
-        self._scores: deque[tuple[list[ScoreRequest], Sink]] = deque()
         self._reading: deque[_Sequence] = deque()
         self._decoding: list[_Sequence] = []
         self._rows = Rows()
         self._prefixes = Prefixes(self.settings.prefix_tokens)
-        self._closing = False
-        self._post = Post()
-        self._rate = 0.0
-        """Tokens in a second, as of late."""
-        self._thread = threading.Thread(target=self._run, name="gyro-engine", daemon=True)
-        self._thread.start()
+        self._begin(self._run, "gyro-engine")
 
     def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
         """See `Engine.submit`."""
@@ -118,27 +106,7 @@ class EmbeddedEngine:
         )
         text = TextStream(self._tokenizer, request.decoding.stop)
         sequence = _Sequence(request, room, chooser, text, sink)
-        with self._lock:
-            self._admit_one_more()
-            self._waiting.append(sequence)
-            self._lock.notify()
-
-        def cancel() -> None:
-            sequence.cancelled = True
-
-        return cancel
-
-    def score(self, requests: list[ScoreRequest], sink: Sink) -> None:
-        """See `Engine.score`."""
-        self.limits.check_scored(requests)
-        with self._lock:
-            self._admit_one_more()
-            self._scores.append((requests, sink))
-            self._lock.notify()
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See `Engine.attach`."""
-        self._post.attach(loop)
+        return self._queue(sequence)
 
     def figures(self) -> dict[str, float]:
         """Gauges."""
@@ -151,21 +119,6 @@ class EmbeddedEngine:
             "prefix_hit_share": self._prefixes.hits / max(1, self._prefixes.asked),
             "tokens_per_second": self._rate,
         }
-
-    def close(self) -> None:
-        """End the thread; what is not done fails."""
-        with self._lock:
-            self._closing = True
-            self._lock.notify()
-        self._thread.join()
-
-    def _admit_one_more(self) -> None:
-        if self._closing:
-            raise GyroError("the server is stopping")
-        waiting = len(self._waiting) + len(self._scores)
-        if waiting >= self.settings.most_waiting:
-            tokens = sum(sequence.room for sequence in self._waiting)
-            raise Busy(min(60.0, max(1.0, tokens / max(self._rate, 100.0) / 4)))
 
     def _run(self) -> None:
         with evaluating(self._model), torch.no_grad():
@@ -215,15 +168,6 @@ class EmbeddedEngine:
         for row in reversed(range(len(self._decoding))):
             if self._is_over(self._decoding[row]):
                 self._remove(row)
-
-    def _is_over(self, sequence: _Sequence) -> bool:
-        """Whether its client left or its time is up; the latter is told."""
-        if sequence.cancelled:
-            return True
-        cut = sequence.cut()
-        if cut is not None:
-            self._post.tell(sequence.sink, cut)
-        return cut is not None
 
     def _admit(self) -> None:
         """Let waiting sequences begin, first come first served, as far as there is room."""
