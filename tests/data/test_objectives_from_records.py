@@ -136,7 +136,7 @@ def test_records_become_gradients_however_they_are_split(name: str, byte_level: 
             packed = next(iter(Sampler(data, config.sampler().model_copy(update={"epochs": 1}))))
             assert packed.rows > 1
             passed = window_gradients(model, main, parse_objectives([entry]), Window(packed, data), config)
-            gradients = [0 * p if p.grad is None else p.grad.clone() for p in main.named.values()]
+            gradients = [0 * p if p.grad is None else p.grad.clone() for p in main.trained.values()]
             assert any(bool(g.any()) for g in gradients), entry
             found.append((torch.tensor(passed.loss), *gradients))
         for ours, theirs in zip(*found, strict=True):

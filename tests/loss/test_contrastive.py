@@ -160,7 +160,7 @@ def test_formula_10_a_window_of_infonce_does_not_depend_on_its_micro_batches() -
         main = MainParameters(model)
         composite = parse_objectives(config.objective)
         loss = window_gradients(model, main, composite, Window(packed, data), config).loss
-        return loss, [p.grad.clone() for p in main.named.values() if p.grad is not None]
+        return loss, [p.grad.clone() for p in main.trained.values() if p.grad is not None]
 
     objective = [{"infonce": {"symmetric": True}}, {"nll": {"weight": 0.1}}]
     loss, whole = gradients(5, objective)

@@ -41,6 +41,7 @@ from gyrocompass.recipe.verify_preview import Run, preview, render, visible
 from gyrocompass.recipe.verify_resume import resume
 from gyrocompass.recipe.verify_subject import Finding, Subject
 from gyrocompass.train import checkpoint, window
+from gyrocompass.train.optim import AdamW
 
 WITHOUT_PROCESSES = {name: check for name, check in CHECKS.items() if check is not resume}
 
@@ -280,7 +281,7 @@ def test_partition_fails_where_nothing_is_learned(subject: Subject, monkeypatch:
 
 FORGETFUL = {
     "data position": (Sampler, "restore"),
-    "optimizer": (checkpoint, "_load_optimizer"),
+    "optimizer": (AdamW, "restore"),
     "random state": (checkpoint, "_restore_rng"),
     "nothing": None,
 }

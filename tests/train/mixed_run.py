@@ -27,6 +27,7 @@ from gyrocompass.train.checkpoint import steps_on_disk
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.distributed import World, world_from_environment
 from gyrocompass.train.loop import train
+from gyrocompass.train.optim import AdamW
 from gyrocompass.train.rollout import Generate, RolloutConfig, RolloutSource
 from gyrocompass.train.source import MixedSource, PackedSource
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     config = TrainConfig.model_validate(json.loads(options.config))
     if options.kill_at_step:
-        tiny_run._kill_at(options.kill_at_step, torch.optim.AdamW, "step")
+        tiny_run._kill_at(options.kill_at_step, AdamW, "step")
     model = tiny_run.tiny_model(config, dropout=False)
     with world_from_environment(torch.device("cpu")) as world:
         source = mixed(model, config, world, ahead_steps=options.ahead)

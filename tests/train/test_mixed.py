@@ -87,7 +87,7 @@ def passed(window: Window, objective: Composite, settings_: TrainConfig) -> tupl
     model = tiny_model(settings_, dropout=False)
     main = MainParameters(model)
     done = window_gradients(model, main, objective, window, settings_)
-    return done, {name: p.grad.clone() for name, p in main.named.items() if p.grad is not None}
+    return done, {name: p.grad.clone() for name, p in main.trained.items() if p.grad is not None}
 
 
 def of_kind(kind: str) -> list[Any]:

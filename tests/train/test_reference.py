@@ -34,7 +34,7 @@ from gyrocompass.train.checkpoint import steps_on_disk
 from gyrocompass.train.config import TrainConfig
 from gyrocompass.train.loop import train
 from gyrocompass.train.metrics import read_metrics
-from gyrocompass.train.optim import MainParameters
+from gyrocompass.train.optim import AdamW, MainParameters
 from gyrocompass.train.reference import LiveReference, ReferenceUpdateConfig
 from gyrocompass.train.source import PackedSource
 from gyrocompass.train.window import WindowPass, window_gradients
@@ -92,7 +92,7 @@ def passed(
     found = window_gradients(
         model, main, parse_objectives(settings_.objective), window, settings_, **keywords
     )
-    return found, {name: p.grad.clone() for name, p in main.named.items() if p.grad is not None}
+    return found, {name: p.grad.clone() for name, p in main.trained.items() if p.grad is not None}
 
 
 # --- the column's own numbers ---
@@ -307,15 +307,13 @@ def test_updates_are_those_of_the_formula(
     expected = {n: p.detach().double() for n, p in policy(settings_, seed=1).named_parameters()}
     random = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
-        with torch.no_grad():
-            for parameter in main.named.values():
-                moved = torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
-                parameter.add_(moved, alpha=1e-3)
-        main.publish()
-        reference.follow(step, model, main.named)
+        for name, value in main.items():
+            moved = torch.randn(value.shape, generator=random, dtype=value.dtype)
+            main.assign(name, value + 1e-3 * moved)
+        reference.follow(step, model, main)
         if step % every_steps == 0:
             share = 1.0 if alpha is None else alpha
-            for name, master in main.named.items():
+            for name, master in main.items():
                 expected[name] = share * master.double() + (1 - share) * expected[name]
     for name, wide in reference.tensors().items():
         tolerance = 1e-12 if precision == "float64" else 1e-6
@@ -361,7 +359,7 @@ class Killed(Exception):  # noqa: N818
 
 def killed_run(folder: Path, settings_: TrainConfig, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die in the optimizer's nth step."""
-    calls, step = itertools.count(1), torch.optim.AdamW.step
+    calls, step = itertools.count(1), AdamW.step
 
     def dying(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if next(calls) == at_step:
@@ -369,7 +367,7 @@ def killed_run(folder: Path, settings_: TrainConfig, at_step: int, monkeypatch: 
         return step(self, *arguments, **keywords)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(torch.optim.AdamW, "step", dying)
+        patched.setattr(AdamW, "step", dying)
         whole_run(folder, settings_)
 
 

@@ -88,7 +88,7 @@ def passed(
         | {"precision": "float64", "reduction": {"by": by}}
     )
     done = window_gradients(model, main, parse_objectives(objective), window, config)
-    gradients = {name: p.grad.clone() for name, p in main.named.items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in main.trained.items() if p.grad is not None}
     entries = {name: int(sums[2]) for name, sums in done.record._objectives.items()}
     return done.loss, gradients, entries
 

@@ -30,6 +30,7 @@ from gyrocompass.train.checkpoint import steps_on_disk
 from gyrocompass.train.config import PRECISIONS, TrainConfig
 from gyrocompass.train.distributed import world_from_environment
 from gyrocompass.train.loop import train
+from gyrocompass.train.optim import AdamW
 from gyrocompass.train.reference import LiveReference
 
 VOCABULARY = 48
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.kill_at_sync:
         _kill_at(options.kill_at_sync, os, "fsync")
     if options.kill_at_step:
-        _kill_at(options.kill_at_step, torch.optim.AdamW, "step")
+        _kill_at(options.kill_at_step, AdamW, "step")
     model = tiny_model(config, dropout=not options.no_dropout)
     data, reference = tiny_data(), None
     if options.live_reference:

@@ -166,20 +166,21 @@ def plain_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> Iterator[t
 
     Args:
         model: with or without LoRA.
-        masters: wider copies of its parameters, by name, to be read instead of them.
+        masters: wider copies of its parameters, by name, to be read instead of them, one at a time.
 
     Raises:
         BadInput: head and embedding are one weight, and one of them has an update.
     """
     lm = causal_lm(model)
     _check_ends(model)
-    wide = {id(p): masters.get(name, p) for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     for name, parameter in lm.named_parameters():
         layer, adapted, key = name.rpartition(".base_layer.")
         if adapted:
-            yield f"{layer}.{key}", _with_update(lm.get_submodule(layer), key, wide[id(parameter)])
+            value = masters.get(names[id(parameter)], parameter)
+            yield f"{layer}.{key}", _with_update(lm.get_submodule(layer), key, value)
         elif ".lora_" not in name and not name.startswith(BESIDE):
-            yield name, wide[id(parameter)]
+            yield name, masters.get(names[id(parameter)], parameter)
 
 
 def _with_update(layer: Any, key: str, value: Tensor) -> Tensor:

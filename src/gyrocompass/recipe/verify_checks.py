@@ -134,7 +134,7 @@ def _gradients(
     subject: Subject, numeric: Numeric, rows: Packed, size: int
 ) -> tuple[float, dict[str, Tensor]]:
     loss = _trainer_pass(subject, numeric, rows, size).loss
-    named = numeric.main.named.items()
+    named = numeric.main.trained.items()
     return loss, {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
 
 

@@ -3,7 +3,7 @@
     first process    step 1, step 2 (checkpoint), step 3, SIGKILL
     second process   goes on from step 2 to step 4; then, in another folder, steps 1 to 4 without a kill
 
-Compared bit for bit are the last checkpoints of both: parameters (or their masters), optimizer, random state,
+Compared bit for bit are the last checkpoints of both: parameters, optimizer, random state,
 the weights of a reference that follows, data position, guard, ledger. Model, data, objective, optimizer and
 precision are the stage's own; rows and steps are few.
 

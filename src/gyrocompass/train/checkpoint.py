@@ -2,7 +2,7 @@
 
     step-00000100/
         manifest.json           hashes of the files below (an artifact of kind `checkpoint`)
-        parameters.safetensors  the trained parameters, or their float32 masters
+        parameters.safetensors  the trained parameters, in float32 or wider
         optimizer.safetensors   AdamW's moments and step counts
         rng.safetensors         the random state of every rank
         reference.safetensors   the weights of a reference that follows the policy, if there is one
@@ -33,7 +33,7 @@ from gyrocompass.core.artifact import read_artifact, writing
 from gyrocompass.core.errors import BadInput, DamagedArtifact
 from gyrocompass.measure.ledger import Ledger
 from gyrocompass.train.distributed import World
-from gyrocompass.train.optim import MainParameters
+from gyrocompass.train.optim import AdamW, MainParameters
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -52,7 +52,7 @@ def save(
     folder: Path,
     snapshot: Snapshot,
     main: MainParameters,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     world: World,
     *,
     keep: int,
@@ -63,7 +63,7 @@ def save(
         target = folder / f"step-{snapshot.step:08d}"
         with writing(target, "checkpoint") as draft:
             save_parameters(main, draft.path)
-            save_file(_optimizer_tensors(main, optimizer), draft.path / "optimizer.safetensors")
+            save_file(_plain(optimizer.tensors()), draft.path / "optimizer.safetensors")
             save_file(rng, draft.path / "rng.safetensors")
             if snapshot.reference:
                 save_file(_plain(snapshot.reference), draft.path / REFERENCE_FILE)
@@ -76,9 +76,7 @@ def save(
     world.barrier()
 
 
-def load(
-    path: Path, main: MainParameters, optimizer: torch.optim.Optimizer, world: World, config_hash: str
-) -> Snapshot:
+def load(path: Path, main: MainParameters, optimizer: AdamW, world: World, config_hash: str) -> Snapshot:
     """Load a checkpoint in place: parameters, optimizer, this rank's random state.
 
     Raises:
@@ -101,23 +99,21 @@ def load(
             fix="resume with as many ranks as before",
         )
     load_parameters(main, path)
-    _load_optimizer(main, optimizer, load_file(path / "optimizer.safetensors"))
+    optimizer.restore(load_file(path / "optimizer.safetensors"))
     _restore_rng(rng, world)
     reference = load_file(path / REFERENCE_FILE) if (path / REFERENCE_FILE).is_file() else {}
     return Snapshot(state["step"], state, Ledger.load(path / "ledger.parquet"), reference)
 
 
 def save_parameters(main: MainParameters, folder: Path) -> None:
-    """Write the trained parameters (or their float32 masters) to `parameters.safetensors`."""
-    save_file(_plain(main.named), folder / "parameters.safetensors")
+    """Write the trained parameters, in float32 or wider, to `parameters.safetensors`."""
+    save_file(_plain(main), folder / "parameters.safetensors")
 
 
 def load_parameters(main: MainParameters, folder: Path) -> None:
     """Put back what `save_parameters` wrote, in place."""
-    with torch.no_grad():
-        for name, saved in load_file(folder / "parameters.safetensors").items():
-            main.named[name].copy_(saved)
-    main.publish()
+    for name, saved in load_file(folder / "parameters.safetensors").items():
+        main.assign(name, saved)
 
 
 def steps_on_disk(folder: Path) -> list[Path]:
@@ -139,25 +135,6 @@ def newest_whole(folder: Path, warn: Any) -> Path | None:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(main: MainParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{field}": value.detach().contiguous().cpu()
-        for name, parameter in main.named.items()
-        for field, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _load_optimizer(
-    main: MainParameters, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
-) -> None:
-    optimizer.state.clear()
-    for key, value in saved.items():
-        name, field = key.rsplit("/", 1)
-        parameter = main.named[name]
-        on_device = value if field == "step" and not parameter.is_cuda else value.to(parameter.device)
-        optimizer.state[parameter][field] = on_device
 
 
 def _gather_rng(world: World) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ class World(NamedTuple):
             dist.barrier()
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum gradients over ranks, in place, in float32 (float64 stays float64).
+        """Sum gradients over ranks, in place, in float32 (float64 stays float64), and leave them in that.
 
         A parameter that got a gradient on some ranks only counts as zero on the others; one that got none
         anywhere keeps None, so that the optimizer leaves it alone as it does on one process.
@@ -94,7 +94,7 @@ class World(NamedTuple):
         dist.all_reduce(flat)
         parts = flat.split([p.numel() for p in bucket])
         for parameter, part in zip(bucket, parts, strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+            parameter.grad = part.view_as(parameter)
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

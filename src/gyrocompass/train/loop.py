@@ -45,7 +45,7 @@ from gyrocompass.train.distributed import World
 from gyrocompass.train.guard import Guard, Verdict
 from gyrocompass.train.interrupt import interrupt_flag
 from gyrocompass.train.metrics import MetricLog, Tracker
-from gyrocompass.train.optim import MainParameters, adamw, learning_rate
+from gyrocompass.train.optim import AdamW, MainParameters, clipping, learning_rate
 from gyrocompass.train.record import Alone, StepRecord
 from gyrocompass.train.reference import LiveReference
 from gyrocompass.train.source import MixedSource, PackedSource, Source, Window
@@ -157,8 +157,8 @@ class _Run:
         self.blend = _blend(config, self.objective, source, reference)
         self.main = MainParameters(model)
         if reference is not None:
-            reference.check_follows(model, self.main.named)
-        self.optimizer = adamw(self.main, config.optimizer)
+            reference.check_follows(model)
+        self.optimizer = AdamW(self.main, config.optimizer)
         self.guard = Guard(config.guard)
         self.stopping = EarlyStopping(config.early_stopping)
         self.ledger = Ledger()
@@ -225,7 +225,7 @@ class _Run:
         if verdict is not None:
             self._handle(verdict, passed.record, window.data)
             return True
-        step_ledger = self._update(passed)
+        step_ledger = self._update(passed, norm)
         rollout = {**self.source.metrics(), **passed.record.importance(self.world)}
         forced = passed.record.teacher_forced(self.world) if self.config.scheduled_sampling else {}
         if self.world.is_first:
@@ -236,7 +236,7 @@ class _Run:
         return True
 
     def _gradients(self, window: Window, weights: Weights) -> tuple[WindowPass, float]:
-        """The window's gradients, clipped, with what the pass leaves and their norm before that."""
+        """The window's gradients in the model, with what the pass leaves and their norm."""
         passed = window_gradients(
             self.model,
             self.main,
@@ -251,15 +251,12 @@ class _Run:
             slice_weights=weights.slices,
             measure_norms=self.blend.reads_gradient_norms(self.step),
         )
-        return passed, self.main.clip(self.config.optimizer.clip_norm)
+        return passed, self.main.gradient_norm()
 
-    def _update(self, passed: WindowPass) -> Ledger:
+    def _update(self, passed: WindowPass, norm: float) -> Ledger:
         """Step the optimizer, enter the step into the ledger, and let the weights of the next one follow."""
         rate = learning_rate(self.config.optimizer, self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.main.publish()
+        self.optimizer.step(rate, clipping(norm, self.config.optimizer.clip_norm))
         step_ledger = passed.record.ledger(self.world)
         self.ledger.merge(step_ledger)
         means = {name: s.value / s.weight for name, s in step_ledger.items("objective") if s.weight}
@@ -267,7 +264,7 @@ class _Run:
         self.blend.observe(self.step, Observed(means, passed.gradient_norms, excess))
         self.step += 1
         if self.reference is not None:
-            self.reference.follow(self.step, self.model, self.main.named)
+            self.reference.follow(self.step, self.model, self.main)
         return step_ledger
 
     # --- what is said about it ---

@@ -1,6 +1,6 @@
 """The optimizer: AdamW over float32 (or float64) parameters, and the learning rate of every step.
 
-bf16 weights keep float32 masters. An AdamW step at 2e-5 is smaller than the distance between neighbouring
+bf16 weights keep float32 main values. An AdamW step at 2e-5 is smaller than the distance between neighbouring
 bf16 numbers for most weights, so that stepping bf16 directly moves few of them. Gradients of bf16 parameters
 are added up over micro-batches in float32 as well: in bf16 the sum would depend on how a step is split.
 
@@ -12,11 +12,14 @@ Left out: other optimizers, parameter groups beyond "decay or not", stochastic r
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from gyrocompass.core.config import Config
 
@@ -70,63 +73,222 @@ def _shape(schedule: ScheduleConfig, step: int, steps: int) -> float:
     return schedule.final_share + (1.0 - schedule.final_share) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-class MainParameters:
-    """What the optimizer steps: the model's own parameters, or float32 masters of its 16-bit ones."""
+class Piece(NamedTuple):
+    """Some rows of a parameter."""
+
+    name: str
+    rows: slice
+    own: Tensor
+    """The model's; what is written into it is the model's new value."""
+    lower: Tensor | None
+    """Of a bf16 parameter: the lower halves of its main values."""
+
+
+class MainParameters(Mapping[str, Tensor]):
+    """The trained parameters of a model by name, as the optimizer has them: in float32 or wider.
+
+    A bf16 parameter is the upper half of its float32 main value; the lower half is kept beside it in 16 bits.
+    Both together are the value, exactly, in 4 bytes (decision 0027). Values of bf16 parameters are thus made
+    when they are asked for, and are copies. Gradients are in `.grad` of the model's own parameters: as they
+    came while there is one of them, in float32 once a second is added.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.named: dict[str, Tensor] = {}
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.named[name] = self._main(parameter)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        """The model's own."""
+        self._lower: dict[str, Tensor] = {}
+        for name, parameter in self.trained.items():
+            if parameter.dtype == torch.bfloat16:
+                self._lower[name] = torch.zeros_like(parameter, dtype=torch.int16)
+                parameter.grad_dtype = None  # any: float32 beside a bf16 parameter
+                parameter.register_hook(partial(_widen_gradient, parameter))
 
-    def _main(self, parameter: Tensor) -> Tensor:
-        if parameter.dtype not in (torch.bfloat16, torch.float16):
-            return parameter
-        master = parameter.detach().float().clone().requires_grad_()
-        parameter.register_post_accumulate_grad_hook(lambda p: _move_gradient(p, master))
-        self._copies.append((parameter, master))
-        return master
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self.trained[name].detach()
+        return _joined(parameter, self._lower[name]) if name in self._lower else parameter
 
-    def publish(self) -> None:
-        """Write the masters back into the model, rounded to its dtype."""
-        with torch.no_grad():
-            for parameter, master in self._copies:
-                parameter.copy_(master)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.trained)
+
+    def __len__(self) -> int:
+        return len(self.trained)
+
+    def assign(self, name: str, value: Tensor) -> None:
+        """Give a parameter another value; the model has it rounded to its dtype."""
+        parameter = self.trained[name].detach()
+        if name in self._lower:
+            _split(value.to(parameter.device, torch.float32), parameter, self._lower[name])
+        else:
+            parameter.copy_(value)
+
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """A parameter by rows, as many at a time as fit into what is stepped at once."""
+        parameter = torch.atleast_1d(self.trained[name].detach())
+        lower = self._lower.get(name)
+        for rows in _rows(parameter):
+            yield Piece(name, rows, parameter[rows], None if lower is None else torch.atleast_1d(lower)[rows])
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
-        for parameter in self.named.values():
+        for parameter in self.trained.values():
             parameter.grad = None
 
-    def clip(self, clip_norm: float | None) -> float:
-        """Scale the gradients so that their norm is at most `clip_norm`; the norm before that."""
-        limit = math.inf if clip_norm is None else clip_norm
-        norm = nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
-        if math.isfinite(float(norm)) and float(norm) > limit:
-            nn.utils.clip_grads_with_norm_(self.named.values(), limit, norm)
-        return float(norm)
+    def gradient_norm(self) -> float:
+        """The Euclidean norm of all gradients together, in float32 or wider."""
+        gradients = [torch.atleast_1d(p.grad) for p in self.trained.values() if p.grad is not None]
+        norms = [
+            torch.linalg.vector_norm(gradient[rows].to(_wide(gradient.dtype)))
+            for gradient in gradients
+            for rows in _rows(gradient)
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
-def _move_gradient(parameter: Tensor, master: Tensor) -> None:
-    assert parameter.grad is not None
-    gradient = parameter.grad.float()
-    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-    parameter.grad = None
+def clipping(norm: float, clip_norm: float | None) -> float:
+    """What gradients of this norm are multiplied by, so that it is at most `clip_norm`.
+
+    >>> clipping(4.0, 1.0), clipping(0.5, 1.0), clipping(4.0, None), clipping(math.nan, 1.0)
+    (0.25, 1.0, 1.0, 1.0)
+    """
+    return clip_norm / norm if clip_norm is not None and math.isfinite(norm) and norm > clip_norm else 1.0
 
 
-def adamw(main: MainParameters, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; vectors (norms, biases) are not decayed."""
-    matrices = [p for p in main.named.values() if p.dim() >= 2]
-    vectors = [p for p in main.named.values() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
+class AdamW:
+    """AdamW; vectors (norms, biases) are not decayed.
+
+    With g the gradient, t how often the parameter was stepped, and m, v zero at first:
+
+        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+        w = w - rate * (decay w + m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + epsilon))
+
+    A parameter without a gradient is left alone. Source: Loshchilov and Hutter, 2019.
+    """
+
+    def __init__(self, main: MainParameters, config: OptimizerConfig) -> None:
+        self._main, self._config = main, config
+        self._state: dict[str, dict[str, Tensor]] = {}
+
+    def decay(self, name: str) -> float:
+        """How strongly a parameter is decayed."""
+        return self._config.weight_decay if self._main.trained[name].dim() >= 2 else 0.0
+
+    @torch.no_grad()
+    def step(self, rate: float, scale: float = 1.0) -> None:
+        """Take one step with the gradients times `scale`; they may be scaled in place."""
+        stepped = [name for name, parameter in self._main.trained.items() if parameter.grad is not None]
+        for name in stepped:
+            self._state.setdefault(name, _no_moments(self._main.trained[name]))
+        for decay in sorted({self._decay(name) for name in stepped}):
+            pieces = [p for name in stepped if self._decay(name) == decay for p in self._main.pieces(name)]
+            for bucket in _buckets(pieces):
+                self._step(bucket, rate, scale, decay)
+        for name in stepped:
+            self._state[name]["step"] += 1
+
+    def _decay(self, name: str) -> float:
+        return self._config.weight_decay if self._main.trained[name].dim() >= 2 else 0.0
+
+    def _step(self, bucket: Sequence[Piece], rate: float, scale: float, decay: float) -> None:
+        values, gradients = [], []
+        for piece in bucket:
+            value = piece.own if piece.lower is None else _joined(piece.own, piece.lower)
+            gradient = _part(self._main.trained[piece.name].grad, piece).to(value.dtype)
+            values.append(value)
+            gradients.append(gradient if scale == 1.0 else gradient.mul_(scale))
+        states = [self._state[piece.name] for piece in bucket]
+        adamw(
+            values,
+            gradients,
+            [_part(state["exp_avg"], piece) for state, piece in zip(states, bucket, strict=True)],
+            [_part(state["exp_avg_sq"], piece) for state, piece in zip(states, bucket, strict=True)],
+            [],
+            [state["step"].clone() for state in states],  # counted up by each piece of a parameter
+            fused=True,
+            amsgrad=False,
+            beta1=self._config.beta1,
+            beta2=self._config.beta2,
+            lr=rate,
+            weight_decay=decay,
+            eps=self._config.epsilon,
+            maximize=False,
+        )
+        for value, piece in zip(values, bucket, strict=True):
+            if piece.lower is not None:
+                _split(value, piece.own, piece.lower)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: moments and step counts, as `NAME/exp_avg`."""
+        return {f"{name}/{key}": value for name, state in self._state.items() for key, value in state.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` returned."""
+        self._state.clear()
+        for path, value in tensors.items():
+            name, key = path.rsplit("/", 1)
+            self._state.setdefault(name, {})[key] = value.to(self._main.trained[name].device)
+
+
+def _no_moments(parameter: Tensor) -> dict[str, Tensor]:
+    wide = _wide(parameter.dtype)
+    moments = {key: torch.zeros_like(parameter, dtype=wide) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=parameter.device), **moments}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _rows(tensor: Tensor) -> Iterator[slice]:
+    """A tensor's rows, cut so that each part has about as many elements as are stepped at once."""
+    each = max(1, _at_once(tensor.device) * len(tensor) // max(1, tensor.numel()))
+    return (slice(start, start + each) for start in range(0, len(tensor), each))
+
+
+def _at_once(device: torch.device) -> int:
+    """Elements that are stepped together: what a CPU's cache holds, or what keeps a GPU busy."""
+    return 2**25 if device.type == "cuda" else 2**18
+
+
+def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    bucket: list[Piece] = []
+    for piece in pieces:
+        elements = sum(one.own.numel() for one in bucket) + piece.own.numel()
+        if bucket and (elements > _at_once(piece.own.device) or bucket[0].own.dtype != piece.own.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(piece)
+    if bucket:
+        yield bucket
+
+
+def _part(tensor: Tensor | None, piece: Piece) -> Tensor:
+    assert tensor is not None
+    part: Tensor = torch.atleast_1d(tensor)[piece.rows]
+    return part
+
+
+# --- a float32 number as a bf16 number and 16 bits ---
+
+
+def _joined(upper: Tensor, lower: Tensor) -> Tensor:
+    """The float32 numbers of which these are the halves; `lower` is signed, about the rounded upper half."""
+    bits = upper.view(torch.int16).to(torch.int32)
+    number: Tensor = bits.bitwise_left_shift_(16).add_(lower).view(torch.float32)
+    return number
+
+
+def _split(value: Tensor, upper: Tensor, lower: Tensor) -> None:
+    """Write the halves: the nearest bf16 number (the one further from 0 if two are), and what is left.
+
+    In bits, a float32 number is its bf16 rounding times 2^16 plus a rest between -2^15 and 2^15 - 1.
+    """
+    bits = value.view(torch.int32)
+    high = (bits + 2**15).bitwise_right_shift_(16)
+    upper.view(torch.int16).copy_(high)
+    lower.copy_(bits - high.bitwise_left_shift_(16))
+
+
+def _widen_gradient(parameter: Tensor, incoming: Tensor) -> None:
+    """Before a second gradient is added to a bf16 one: the sum is in float32."""
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.float()

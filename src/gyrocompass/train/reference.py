@@ -123,7 +123,7 @@ class LiveReference:
         Args:
             step: how many optimizer steps have been taken.
             policy: the model that is trained.
-            masters: its trained parameters by name, as the optimizer has them (`MainParameters.named`).
+            masters: its trained parameters by name, as the optimizer has them (`MainParameters`).
 
         Raises:
             BadInput: the policy is of another architecture.
@@ -143,7 +143,7 @@ class LiveReference:
                     wide.lerp_(value.to(wide.dtype), share)
                 own[name].copy_(wide)
 
-    def check_follows(self, policy: nn.Module, masters: Mapping[str, Tensor]) -> None:
+    def check_follows(self, policy: nn.Module) -> None:
         """Refuse to follow a policy whose weights are not the reference's, one by one.
 
         Raises:
@@ -151,7 +151,7 @@ class LiveReference:
         """
         if self.update is None:
             return
-        theirs = {name: value.shape for name, value in plain_weights(policy, masters)}
+        theirs = {name: value.shape for name, value in plain_weights(policy, {})}
         wrong = [name for name, own in self.weights.items() if theirs.get(name) != own.shape]
         if wrong:
             raise BadInput(

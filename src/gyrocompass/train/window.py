@@ -77,13 +77,13 @@ def window_gradients(
     slice_weights: Mapping[str, float] | None = None,
     measure_norms: bool = False,
 ) -> WindowPass:
-    """Put a window's gradients into `main`, summed over micro-batches and ranks; nothing else changes.
+    """Leave a window's gradients in the model, summed over micro-batches and ranks; nothing else changes.
 
     This is what a step of `train` does before it judges, clips and updates.
 
     Args:
         model: in the mode it is to run in.
-        main: the model's; its gradients are cleared first.
+        main: its parameters; their gradients are cleared first.
         objective: as parsed from `config.objective`.
         window: the whole window, the same on every rank.
         config: says the reduction, the precision and how the window is split.
@@ -107,7 +107,7 @@ def window_gradients(
         loss = passing.whole(batches, record)
     else:
         loss = passing.parts(batches, record)
-    world.sum_gradients(list(main.named.values()))
+    world.sum_gradients(list(main.trained.values()))
     return WindowPass(record, sum(world.gather_json(loss)), norms.over(world) if norms else {})
 
 
