@@ -18,11 +18,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from gyrocompass import __version__
+from gyrocompass.serve.about_routes import AboutRoutes
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.metrics import Metrics
-from gyrocompass.serve.routes import BODIES, Routes
+from gyrocompass.serve.routes import Routes
 from gyrocompass.serve.services import ServeSettings, Services
 from gyrocompass.serve.surface import Surface
+from gyrocompass.serve.wire import BODIES
 
 
 def make_app(services: Services, settings: ServeSettings) -> FastAPI:
@@ -46,7 +48,8 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(Exception, _crashed)
     app.add_middleware(Surface, metrics=metrics, max_body_bytes=settings.max_body_bytes)
     # Routes as they are: what `include_router` wraps them in is looked through at every request.
-    for router in (Routes(services, settings, metrics).router(), *services.routers):
+    own = (Routes(services, settings, metrics).router(), AboutRoutes(services, metrics).router())
+    for router in (*own, *services.routers):
         app.router.routes.extend(router.routes)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

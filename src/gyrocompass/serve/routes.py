@@ -1,23 +1,22 @@
-"""The handlers: a body is read (`wire`), asked (`exchange`), what came is rendered (`render`, `streams`)."""
+"""The handlers of questions: a body is read (`wire`), asked (`exchange`), rendered (`render`, `streams`)."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
 
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.serve import render
 from gyrocompass.serve.answer import Asked, Judgement
 from gyrocompass.serve.backend import Job, Samples
 from gyrocompass.serve.decisions import answer_of, labels_of, prompt_of
+from gyrocompass.serve.direct import add_post
 from gyrocompass.serve.exchange import Exchange, Outcome
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.keys import Caller
@@ -38,10 +37,6 @@ from gyrocompass.serve.wire import (
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
-    DetokenizeRequest,
-    ModerationRequest,
-    ThumbRequest,
-    TokenizeRequest,
     read,
     texts_of,
 )
@@ -49,44 +44,6 @@ from gyrocompass.serve.wire import (
 _GREEDY = Decoding()
 _FOR_REVIEW = 5
 """Likeliest tokens that are kept with an answer behind a gate."""
-
-BODIES = (
-    ChatRequest, CompletionRequest, DecisionRequest, ModerationRequest, TokenizeRequest, DetokenizeRequest,
-    ThumbRequest,
-)  # fmt: skip
-
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-_REFUSED = {"description": "refused", "content": {"application/json": {"schema": _ERROR}}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    **dict.fromkeys((400, 401, 403, 404, 413, 429, 502, 503, 504), _REFUSED),
-    200: {"description": "answered"},
-}
-
-
-NOBODY = Caller("", "", "", ())
-
-
-class Direct(APIRoute):
-    """A route whose handler takes the request and gives the response: there is nothing to be solved."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler itself."""
-        return self.endpoint
 
 
 class Routes:
@@ -99,36 +56,15 @@ class Routes:
     def router(self) -> APIRouter:
         """All routes."""
         router = APIRouter()
-        posts: list[tuple[str, Any, type[BaseModel]]] = [
-            ("/v1/chat/completions", self.chat, ChatRequest),
-            ("/v1/completions", self.completions, CompletionRequest),
-            ("/v1/decisions", self.decisions, DecisionRequest),
-            ("/v1/moderations", self.moderations, ModerationRequest),
-            ("/tokenize", self.tokenize, TokenizeRequest),
-            ("/detokenize", self.detokenize, DetokenizeRequest),
-        ]
-        for path, handler, kind in posts:
-            reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
-            body = {"required": True, "content": {"application/json": {"schema": reference}}}
-            router.add_api_route(
-                path, handler, methods=["POST"], openapi_extra={"requestBody": body}, responses=RESPONSES,
-                response_class=JSONResponse, route_class_override=Direct,
-            )  # fmt: skip
-        for path, handler in (
-            ("/v1/models", self.models),
-            ("/v1/models/{name:path}", self.model),
-            ("/tokenizer_info", self.tokenizer_info),
-            ("/health", self.health),
-            ("/ready", self.ready),
-        ):
-            router.add_api_route(path, handler, responses=RESPONSES, response_class=JSONResponse)
-        router.add_api_route("/metrics", self.metrics, include_in_schema=False)
+        add_post(router, "/v1/chat/completions", self.chat, ChatRequest)
+        add_post(router, "/v1/completions", self.completions, CompletionRequest)
+        add_post(router, "/v1/decisions", self.decisions, DecisionRequest)
         return router
 
     async def chat(self, request: Request) -> Response:
         """A conversation's next message."""
         body = await request.body()
-        caller = await self._caller(request)
+        caller = await self._services.caller(request)
         asked_for = read(ChatRequest, body)
         given = json.loads(body)
         tools = asked_for.tools if asked_for.tools and asked_for.tool_choice != "none" else []
@@ -171,7 +107,7 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         """What follows a text, or several."""
         body = await request.body()
-        caller = await self._caller(request)
+        caller = await self._services.caller(request)
         asked_for = read(CompletionRequest, body)
         given = json.loads(body)
         alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
@@ -228,7 +164,7 @@ class Routes:
     async def decisions(self, request: Request) -> Response:
         """Questions whose answers are known beforehand: how probable each is."""
         body = await request.body()
-        caller = await self._caller(request)
+        caller = await self._services.caller(request)
         asked_for = read(DecisionRequest, body)
         text = asked_for.text()
         user, way = self._way(caller, asked_for.user)
@@ -267,85 +203,9 @@ class Routes:
                 "answers": answers,
                 "usage": usage,
                 "calibrated": calibrated,
-                **_lineage(lane),
+                **lane.told(),
             }
         )
-
-    async def moderations(self, request: Request) -> Response:
-        """How unsafe texts are, by the scorers of this server."""
-        body = await request.body()
-        await self._caller(request)
-        asked_for = read(ModerationRequest, body)
-        moderate = self._champion.moderate
-        if moderate is None:
-            raise Failure(404, "this server has no safety scorers: name some in its policy")
-        results = []
-        for text in asked_for.texts():
-            scores = await moderate(text)
-            flags = {name: score >= 0.5 for name, score in scores.items()}
-            results.append(
-                {"flagged": any(flags.values()), "categories": flags, "category_scores": dict(scores)}
-            )
-        return JSONResponse(
-            {"id": f"modr-{request.scope['gyro_id']}", "model": "gyrocompass", "results": results}
-        )
-
-    async def models(self, request: Request) -> Response:
-        """What can be asked."""
-        await self._caller(request)
-        return JSONResponse({"object": "list", "data": await self._champion.backend.models()})
-
-    async def model(self, request: Request, name: str) -> Response:
-        """One of them."""
-        await self._caller(request)
-        for model in await self._champion.backend.models():
-            if model["id"] == name:
-                return JSONResponse(model)
-        raise Failure(
-            404, f"there is no model {name!r}; see /v1/models", param="model", code="model_not_found"
-        )
-
-    async def tokenize(self, request: Request) -> Response:
-        """Ids of a text."""
-        body = await request.body()
-        await self._caller(request)
-        asked_for = read(TokenizeRequest, body)
-        ids = await self._champion.backend.tokenize(asked_for.text(), asked_for.add_special_tokens)
-        return JSONResponse({"tokens": ids, "count": len(ids)})
-
-    async def detokenize(self, request: Request) -> Response:
-        """The text of ids."""
-        body = await request.body()
-        await self._caller(request)
-        return JSONResponse(
-            {"prompt": await self._champion.backend.detokenize(read(DetokenizeRequest, body).tokens)}
-        )
-
-    async def tokenizer_info(self, request: Request) -> Response:
-        """Special tokens and chat template."""
-        await self._caller(request)
-        return JSONResponse(await self._champion.backend.tokenizer_info())
-
-    async def health(self) -> Response:
-        """That the process lives."""
-        return JSONResponse({"status": "ok"})
-
-    async def ready(self) -> Response:
-        """Whether it can answer now."""
-        why = await self._champion.backend.ready()
-        if why is not None:
-            raise Failure(503, why, retry_after_s=1)
-        return JSONResponse({"status": "ready", **_lineage(self._champion)})
-
-    async def metrics(self) -> Response:
-        """For Prometheus."""
-        figures = dict(self._champion.backend.figures())
-        return Response(self._metrics.text(figures), media_type=self._metrics.content_type)
-
-    @property
-    def _champion(self) -> Lane:
-        """What answers those who are not known."""
-        return self._services.ways.of("").lane
 
     def _exchange(self, way: Way) -> Exchange:
         return Exchange(way, self._services.events)
@@ -355,11 +215,6 @@ class Routes:
         user = named or caller.id
         hashed = user_hash(self._secret, user) if user else ""
         return hashed, self._services.ways.of(hashed)
-
-    async def _caller(self, request: Request) -> Caller:
-        if self._services.keys is None:
-            return NOBODY
-        return await self._services.keys.admit(request.headers.get("authorization"), "infer")
 
     def _asked(
         self,
@@ -428,7 +283,7 @@ class Routes:
             "object": kind,
             "created": int(asked.received_at),
             "model": model,
-            **_lineage(lane),
+            **lane.told(),
         }
 
     def _answer(
@@ -499,10 +354,6 @@ class Routes:
                 yield {**head, "choices": [], "usage": render.usage(*counted)}
 
         return events(lines(), source)
-
-
-def _lineage(lane: Lane) -> dict[str, Any]:
-    return {"lineage": dict(lane.lineage)} if lane.lineage else {}
 
 
 def _unwritten(lane: Lane, job: Job) -> Outcome:

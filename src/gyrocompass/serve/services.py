@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 
 from gyrocompass.core.config import Config
 from gyrocompass.serve.answer import EventSink, Gatekeeper
 from gyrocompass.serve.backend import Backend
 from gyrocompass.serve.decisions import Calibrate
-from gyrocompass.serve.keys import Keys
+from gyrocompass.serve.keys import Caller, Keys
+
+NOBODY = Caller("", "", "", ())
 
 
 class ServeSettings(Config):
@@ -40,6 +42,10 @@ class Lane(NamedTuple):
     """Ids of what answers: model, dataset, recipe."""
     close: Callable[[], Awaitable[None]] | None = None
     """What else it holds."""
+
+    def told(self) -> dict[str, Any]:
+        """Its lineage, as answers say it."""
+        return {"lineage": dict(self.lineage)} if self.lineage else {}
 
 
 async def close_lane(lane: Lane) -> None:
@@ -99,3 +105,14 @@ class Services(NamedTuple):
     on_close: Sequence[Callable[[], Awaitable[None]]] = ()
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
     """What runs as long as the server does."""
+
+    @property
+    def champion(self) -> Lane:
+        """What answers those who are not known."""
+        return self.ways.of("").lane
+
+    async def caller(self, request: Request) -> Caller:
+        """Who asks, if a key of theirs lets them."""
+        if self.keys is None:
+            return NOBODY
+        return await self.keys.admit(request.headers.get("authorization"), "infer")

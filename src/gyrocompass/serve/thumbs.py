@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse, Response
 
 from gyrocompass.core.database import Database, upsert
 from gyrocompass.core.tables_serving import ThumbRow
+from gyrocompass.serve.direct import RESPONSES
 from gyrocompass.serve.keys import Keys
-from gyrocompass.serve.routes import RESPONSES
 from gyrocompass.serve.wire import ThumbRequest, read
 
 

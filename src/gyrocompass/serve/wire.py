@@ -432,3 +432,10 @@ def refused(error: GyroError) -> Failure:
 def texts_of(messages: Sequence[ChatMessage]) -> str:
     """A conversation as plain text, for gates in front of an upstream whose template is not known."""
     return "\n".join(f"{message.role}: {message.text()}" for message in messages)
+
+
+BODIES = (
+    ChatRequest, CompletionRequest, DecisionRequest, ModerationRequest, TokenizeRequest, DetokenizeRequest,
+    ThumbRequest,
+)  # fmt: skip
+"""What a request can hold, for the document."""

@@ -1,0 +1,53 @@
+"""Routes whose handlers read their bodies themselves, and what the document says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_REFUSED = {"description": "refused", "content": {"application/json": {"schema": _ERROR}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    **dict.fromkeys((400, 401, 403, 404, 413, 429, 502, 503, 504), _REFUSED),
+    200: {"description": "answered"},
+}
+
+
+class Direct(APIRoute):
+    """A route whose handler takes the request and gives the response: there is nothing to be solved."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler itself."""
+        return self.endpoint
+
+
+def add_post(
+    router: APIRouter, path: str, handler: Callable[..., Coroutine[Any, Any, Response]], kind: type[BaseModel]
+) -> None:
+    """A route whose handler reads a body of this kind itself."""
+    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    body = {"required": True, "content": {"application/json": {"schema": reference}}}
+    router.add_api_route(
+        path, handler, methods=["POST"], openapi_extra={"requestBody": body}, responses=RESPONSES,
+        response_class=JSONResponse, route_class_override=Direct,
+    )  # fmt: skip
