@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,17 @@ def serve(options: argparse.Namespace) -> int:
     # What was imported stays: the collector need not look through it while requests wait.
     gc.collect()
     gc.freeze()
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
+    # The thread that writes events lets requests go first after half a millisecond, not after five.
+    sys.setswitchinterval(0.0005)
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+    )
     if traces is not None:
         traces.shutdown()
     return 0

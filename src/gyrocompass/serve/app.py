@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from gyrocompass import __version__
 from gyrocompass.serve.about_routes import AboutRoutes
+from gyrocompass.serve.direct import Direct
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.metrics import Metrics
 from gyrocompass.serve.routes import Routes
@@ -46,11 +47,14 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(Failure, _failed)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(Exception, _crashed)
-    app.add_middleware(Surface, metrics=metrics, max_body_bytes=settings.max_body_bytes)
     # Routes as they are: what `include_router` wraps them in is looked through at every request.
     own = (Routes(services, settings, metrics).router(), AboutRoutes(services, metrics).router())
     for router in (*own, *services.routers):
         app.router.routes.extend(router.routes)
+    direct = {route.path: route.endpoint for route in app.routes if isinstance(route, Direct)}
+    app.middleware_stack = Surface(
+        app.build_middleware_stack(), metrics=metrics, max_body_bytes=settings.max_body_bytes, direct=direct
+    )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -31,6 +31,11 @@ from gyrocompass.serve.storable import storable
 _LOG = logging.getLogger("gyrocompass.serve")
 _BATCH = 500
 _PAUSE_S = 0.5
+_FROM_OUTSIDE = (
+    "slice", "model", "sequence_logprob", "mean_logprob", "min_logprob", "mean_entropy", "confidence",
+    "reasons", "flags", "prompt", "text",
+)  # fmt: skip
+"""Columns that clients and models fill, with whatever they like."""
 
 
 class EventSettings(Config):
@@ -76,9 +81,10 @@ class EventLog:
             "prompt": self._kept(asked.prompt),
             "text": None if answered is None else self._kept(answered.text),
         }
+        row |= {name: storable(row[name]) for name in _FROM_OUTSIDE}
         try:
             # Here and not in the thread, which would hold the interpreter while requests wait for it.
-            self._queue.put_nowait(storable(row))
+            self._queue.put_nowait(row)
         except queue.Full:
             self.dropped += 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic_core import from_json, to_json
 
 from gyrocompass.model.decoding import Decoding
 from gyrocompass.serve import render
@@ -66,7 +66,7 @@ class Routes:
         body = await request.body()
         caller = await self._services.caller(request)
         asked_for = read(ChatRequest, body)
-        given = json.loads(body)
+        given = from_json(body)
         tools = asked_for.tools if asked_for.tools and asked_for.tool_choice != "none" else []
         messages = [message.plain() for message in asked_for.messages]
         alternatives = (asked_for.top_logprobs or 0) if asked_for.logprobs else 0
@@ -109,7 +109,7 @@ class Routes:
         body = await request.body()
         caller = await self._services.caller(request)
         asked_for = read(CompletionRequest, body)
-        given = json.loads(body)
+        given = from_json(body)
         alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
         pairs: list[tuple[Asked, Job]] = []
         user, way = self._way(caller, asked_for.user)
@@ -301,9 +301,8 @@ class Routes:
             prompt_tokens = outcomes[0].answered.prompt_tokens if outcomes else 0
         written = sum(len(outcome.answered.tokens) for outcome in outcomes)
         reply = dict(outcomes[0].reply) if outcomes else {}
-        return JSONResponse(
-            {**reply, **head, "choices": list(choices), "usage": render.usage(prompt_tokens, written)}
-        )
+        told = {**reply, **head, "choices": choices, "usage": render.usage(prompt_tokens, written)}
+        return Response(to_json(told, inf_nan_mode="null"), media_type="application/json")
 
     async def _streamed(
         self,

@@ -21,6 +21,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+from pydantic_core import to_json
+
 from gyrocompass.core.errors import BadInput, MissingDependency
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.backend import Job, Piece, Scored
@@ -68,6 +70,8 @@ class Upstream:
                 )
             self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
         self._session: Any = None
+        self._urls: dict[str, Any] = {}
+        """Of its paths, parsed."""
         self._listed: list[dict[str, Any]] = []
         self._listed_at = 0.0
         self._running = 0
@@ -219,18 +223,25 @@ class Upstream:
     async def _asked(self, method: str, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[Any]:
         try:
             import aiohttp
+            from yarl import URL
         except ImportError as error:
             raise MissingDependency("aiohttp", extra="serve", needed_for="an upstream") from error
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=self._timeout_s)
             connector = aiohttp.TCPConnector(limit=self._connections)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=timeout,
+                headers=self._headers | {"Content-Type": "application/json"},
+                cookie_jar=aiohttp.DummyCookieJar(),  # what it tells one user is not for the next
+            )
+        if path not in self._urls:
+            self._urls[path] = URL(self.name + path)
+        data = None if body is None else to_json(body, inf_nan_mode="null")
         self._running += 1
         try:
             async with self._session.request(
-                method, self.name + path, data=data, headers=headers, allow_redirects=False
+                method, self._urls[path], data=data, allow_redirects=False
             ) as response:
                 if response.status != 200:
                     raise _refusal(

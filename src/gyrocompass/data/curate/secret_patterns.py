@@ -73,6 +73,7 @@ ISSUERS = (
 _NAMES = (b"passw", b"secret", b"token", b"api_key", b"apikey", b"api-key", b"access_key", b"accesskey",
           b"pwd", b"credential", b"auth_key", b"private_key", b"client_key", b"encryption_key",
           b"signing_key", b"account_key", b"accountkey", b"bearer")  # fmt: skip
+_TEXT_NAMES = tuple(name.decode() for name in _NAMES)
 _ASSIGNED = re.compile(
     r"(?i)[\w-]{0,24}(?:[\"']?\]?\s{0,4}(?::=|=>|[:=])\s{0,4}(?:[bru]?[\"'`]([^\"'`\s]{8,200})[\"'`]"
     r"|([^\s\"'`,;&(){}\[\]<>]{12,200})(?=[\s,;]|\Z))"
@@ -87,6 +88,14 @@ _CODE = re.compile(
     r"|md5)|[{}]"
 )
 _WORDS = re.compile(r"[A-Za-z][a-z]*(?:[_.-]?[A-Za-z][a-z]+)*(?:[_.-]?\d{1,3})?\Z")
+
+
+def is_possible(text: str) -> bool:
+    """Whether a text holds what every text with a secret does: an issuer's hint, or a name of secrets."""
+    lowered = text.lower()
+    return any(hint in text for known in ISSUERS for hint in known.hints) or any(
+        name in lowered for name in _TEXT_NAMES
+    )
 
 
 def issued(joined: Joined) -> Iterator[Span]:
