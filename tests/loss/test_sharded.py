@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.loss import _support
 from gyrocompass.loss.logprob import WANTS, token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
 from processes import run_together
@@ -78,6 +79,7 @@ def padded(given: Given, allowed: slice) -> Given:
 def cases() -> dict[str, tuple[Given, dict[str, Any]]]:
     whole = make()
     everything: dict[str, Any] = {"n_top": 4, "want": WANTS}
+    inside = everything | {"n_top": 1}  # of a longer list, the ids beyond the support are any
     return {
         "everything": (whole, everything),
         "rule": (whole, everything | {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.4}),
@@ -99,6 +101,15 @@ def cases() -> dict[str, tuple[Given, dict[str, Any]]]:
         "float32": (make(torch.float32), everything),
         "bf16": (make(torch.bfloat16), everything),
         "bf16 invariant": (make(torch.bfloat16), everything | {"invariant": True}),
+        "top-k": (whole, inside | {"top_k": 3}),
+        "top-k over more than a part": (whole, inside | {"top_k": 20}),
+        "top-k of all": (whole, inside | {"top_k": V + 5}),
+        "top-p": (whole, inside | {"top_p": 0.7}),
+        "a wide nucleus": (whole._replace(h_TD=whole.h_TD * 1e-2), inside | {"top_p": 0.95}),
+        "top-k and top-p": (whole, inside | {"top_k": 7, "top_p": 0.6, "temperature": 0.8}),
+        "top-p of parts without any token": (padded(whole, slice(2, 7)), inside | {"top_p": 0.8}),
+        "top-k, invariant": (whole, inside | {"top_k": 5, "top_p": 0.9, "invariant": True}),
+        "top-k of no tokens": (make(n_tokens=0), inside | {"top_k": 4}),
     }
 
 
@@ -257,8 +268,8 @@ def check_mistakes(mesh: DeviceMesh) -> None:
         ("one is a DTensor", parts._replace(bias_V=given.bias_V), {}),
         ("one is a DTensor", given._replace(bias_V=parts.bias_V), {}),
         ("only the head", parts._replace(h_TD=distribute_tensor(given.h_TD, mesh, [Replicate()])), {}),
-        ("takes no top_k", parts, {"top_k": 3}),
-        ("takes no top_k", parts, {"top_p": 0.9}),
+        ("top_k is 0", parts, {"top_k": 0}),
+        ("top_p is 2", parts, {"top_p": 2.0}),
         ("n_top is 30; the vocabulary has 29", parts, {"n_top": 30}),
         ("reference", parts, {"backend": "reference"}),
         ("target 29 is outside the vocabulary of 29", parts._replace(target_T=outside_T), {}),
@@ -290,6 +301,10 @@ def values_of_a_rank(rank: int, ranks: int, folder: str) -> None:
             check_case(name, given, options, mesh)
         with tile_sizes(4, 30):
             check_case("small tiles", *cases()["everything"], mesh)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(_support, "FEW", 4)
+            for name in ("a wide nucleus", "top-k and top-p", "top-k over more than a part"):
+                check_case(f"{name}, all asked for", *cases()[name], mesh)
 
 
 def the_rest_of_a_rank(rank: int, ranks: int, folder: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gyrocompass.loss._chunked import ChunkedBackend, asks_of, joined, part_of, row_blocks
 from gyrocompass.loss._question import Asks, Backend, Gradients, Logits, Needs, Picks, Slopes, SlopesOf, Sums
-from gyrocompass.loss._support import block_floor, no_picks
+from gyrocompass.loss._support import Ranks, block_floor, no_picks
 from gyrocompass.loss._tiles import TileSize
 
 BLOCK_ROWS = 128
@@ -90,11 +90,12 @@ class Invariant:
         return False
 
 
-def invariant_floor(logits: Logits, top_k: int, top_p: float) -> Tensor:
+def invariant_floor(logits: Logits, top_k: int, top_p: float, ranks: Ranks | None = None) -> Tensor:
     """`support_floor`, by the same blocks."""
     floors = [logits.h_ND.new_empty(0, dtype=logits.dtype)]
     for rows, _ in _blocks(logits, no_picks(logits)):
-        floors.append(block_floor(_block(logits, rows), top_k, top_p, TILE)[: rows.stop - rows.start])
+        floor_N = block_floor(_block(logits, rows), top_k, top_p, ranks, TILE)
+        floors.append(floor_N[: rows.stop - rows.start])
     return torch.cat(floors)
 
 

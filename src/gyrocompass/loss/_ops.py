@@ -129,7 +129,8 @@ class Call:
         """Restrict the distribution to the settings' top-k and top-p support, if they have one."""
         if self.settings.top_k or self.settings.top_p < 1.0:
             find = invariant_floor if self.settings.invariant else support_floor
-            self.restrict(find(self.question.logits, self.settings.top_k, self.settings.top_p))
+            ranks = self.backend if isinstance(self.backend, Sharded) else None
+            self.restrict(find(self.question.logits, self.settings.top_k, self.settings.top_p, ranks))
 
     def threshold(self) -> Tensor | None:
         """The targets' logits, where ranks are wanted."""

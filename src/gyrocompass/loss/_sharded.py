@@ -10,7 +10,7 @@ hidden states and targets, and gets the same answers. Sums over ranks are float3
 share rounded by each rank, and their sum rounded once more. In invariant mode they are taken in the order of
 the ranks, so that a number's bits do not depend on its place in what is communicated.
 
-Left out: supports (top-k, top-p), which need a row's logits side by side, and heads cut along the width.
+Left out: heads cut along the width.
 
 Shape legend: N rows, K tokens of a top list.
 """
@@ -82,6 +82,15 @@ class Sharded:
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, part.contiguous(), group=self.group)
         return parts
+
+    def sizes(self, own: Tensor) -> list[int]:
+        """How long every rank's tensor is, in rank order."""
+        given = torch.tensor([len(own)], device=own.device)
+        return [int(size) for size in self._gathered(given)]
+
+    def side_by_side(self, own_RK: Tensor) -> Tensor:
+        """The ranks' columns of some rows, in rank order."""
+        return torch.cat(self._gathered(own_RK), dim=1)
 
     def _largest(self, own: Sums, asks: Asks) -> tuple[Tensor | None, Tensor | None]:
         """The top list of all ranks' top lists, with ids of the whole vocabulary."""

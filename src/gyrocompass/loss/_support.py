@@ -8,10 +8,15 @@ their logits side by side; the floor lies halfway between the last logit inside 
 a logit computed anew, with another rounding, stays on its side. Logits that equal the last one inside, up to
 what rounding may do to them, are in.
 
+Where the vocabulary is cut over ranks, these give each other the largest logits of their parts, as many as
+are needed: k of them for top-k, FEW for top-p, all of a row whose nucleus is wider.
+
 Shape legend: N rows, V vocabulary; a block is R rows, K of them the largest logits of each row.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,20 +33,33 @@ TIE = 16
 """Logits are equal if they differ by no more than so many roundings of the largest one."""
 
 
-def support_floor(logits: Logits, top_k: int, top_p: float) -> Tensor:
+class Ranks(Protocol):
+    """Those who hold the other parts of the vocabulary; all of them ask alike."""
+
+    def sizes(self, own: Tensor) -> list[int]:
+        """How long everybody's tensor is."""
+
+    def side_by_side(self, own_RK: Tensor) -> Tensor:
+        """Everybody's columns, [R, K of all]."""
+
+
+def support_floor(logits: Logits, top_k: int, top_p: float, ranks: Ranks | None = None) -> Tensor:
     """The floor of each row.
 
     Args:
         logits: without a floor.
         top_k: how many tokens at most; 0 for all.
         top_p: the share of the probability that the tokens reach; 1 for all.
+        ranks: who holds the other parts of the vocabulary; None: there are none.
 
     Returns:
         [N], for `Logits.floor_N`.
     """
     floors = [logits.h_ND.new_empty(0, dtype=logits.dtype)]
-    for rows, _ in row_blocks(logits, no_picks(logits), BLOCK_ELEMENTS):
-        floors.append(block_floor(part_of(logits, rows), top_k, top_p))
+    own = len(logits.w_VD)
+    widest = own if ranks is None else max(ranks.sizes(logits.w_VD))
+    for rows, _ in row_blocks(logits, no_picks(logits), max(1, BLOCK_ELEMENTS // widest) * own):
+        floors.append(block_floor(part_of(logits, rows), top_k, top_p, ranks))
     return torch.cat(floors)
 
 
@@ -51,25 +69,51 @@ def no_picks(logits: Logits) -> Picks:
     return Picks(nothing, nothing)
 
 
-def block_floor(block: Logits, top_k: int, top_p: float, size: TileSize | None = None) -> Tensor:
+def block_floor(
+    block: Logits, top_k: int, top_p: float, ranks: Ranks | None = None, size: TileSize | None = None
+) -> Tensor:
     """The floor of rows few enough to have their logits side by side, [R]."""
     tiles = Tiles(block, no_picks(block), keep=True, size=size)
     z_RV = torch.cat([torch.cat([tile.z_RK for tile in tiles.across(part)]) for part in tiles.columns], dim=1)
-    return _floor(z_RV, top_k, top_p)
+    return _floor(_Rows(z_RV, ranks), top_k, top_p)
 
 
-def _floor(z_RV: Tensor, top_k: int, top_p: float) -> Tensor:
+class _Rows:
+    """Some rows of logits, this rank's part of them side by side."""
+
+    def __init__(self, z_RV: Tensor, ranks: Ranks | None) -> None:
+        self.z_RV, self._ranks = z_RV, ranks
+        self._sizes = [z_RV.shape[1]] if ranks is None else ranks.sizes(z_RV.T)
+        self.vocabulary = sum(self._sizes)
+
+    def largest(self, n: int, row_R: Tensor | None = None) -> Tensor:
+        """The n largest logits of all rows, or of some, descending, [R, n]."""
+        z_RV = self.z_RV if row_R is None else self.z_RV[row_R]
+        if self._ranks is None:
+            everything = n == self.vocabulary
+            return z_RV.sort(dim=1, descending=True).values if everything else z_RV.topk(n).values
+        each = min(n, max(self._sizes))  # a part that has fewer is made as wide
+        own_RK = z_RV.topk(min(n, z_RV.shape[1])).values
+        own_RK = torch.nn.functional.pad(own_RK, (0, each - own_RK.shape[1]), value=-torch.inf)
+        return self._ranks.side_by_side(own_RK).topk(n).values
+
+    def logsumexp(self) -> Tensor:
+        """Over the whole vocabulary, [R]."""
+        own_R = self.z_RV.logsumexp(dim=1)
+        return own_R if self._ranks is None else self._ranks.side_by_side(own_R[:, None]).logsumexp(dim=1)
+
+
+def _floor(given: _Rows, top_k: int, top_p: float) -> Tensor:
     """The floor of rows whose logits are side by side."""
-    vocabulary = z_RV.shape[1]
+    vocabulary = given.vocabulary
     n_largest = top_k if top_k and top_k < vocabulary else vocabulary
-    lse_R = z_RV.logsumexp(dim=1) if n_largest == vocabulary else z_RV.topk(n_largest).values.logsumexp(dim=1)
+    lse_R = given.logsumexp() if n_largest == vocabulary else given.largest(n_largest).logsumexp(dim=1)
     n_few = min(vocabulary, FEW, n_largest + 1)
-    few_RK = z_RV.topk(n_few).values
-    floor_R, found_R = _cut(few_RK, lse_R, n_largest, top_p, is_all=n_few == vocabulary)
+    floor_R, found_R = _cut(given.largest(n_few), lse_R, n_largest, top_p, is_all=n_few == vocabulary)
     if not found_R.all():
-        rest = (~found_R).nonzero().squeeze(1)
-        sorted_RK = z_RV[rest].sort(dim=1, descending=True).values
-        floor_R[rest] = _cut(sorted_RK, lse_R[rest], n_largest, top_p, is_all=True)[0]
+        rest_R = (~found_R).nonzero().squeeze(1)
+        all_RV = given.largest(vocabulary, rest_R)
+        floor_R[rest_R] = _cut(all_RV, lse_R[rest_R], n_largest, top_p, is_all=True)[0]
     return floor_R
 
 

@@ -290,8 +290,8 @@ def _check_settings(
     names = ["auto", "reference", *BACKENDS]
     if settings.backend not in names:
         raise BadInput(f"unknown backend {settings.backend!r}{did_you_mean(settings.backend, names)}")
-    if settings.group and (settings.backend == "reference" or top_k is not None or settings.top_p < 1.0):
-        raise BadInput("a head cut over ranks takes no top_k, no top_p and no reference backend")
+    if settings.group and settings.backend == "reference":
+        raise BadInput("a head cut over ranks takes no reference backend")
 
 
 def _check_finite(inputs: Inputs, ignore_index: int, group: str) -> None:

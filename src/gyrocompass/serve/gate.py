@@ -163,27 +163,20 @@ class Gate:
         others: Sequence[str] = (),
     ) -> Judgement:
         """Put it into the queue if people are to see it, and say what the user gets."""
-        review_id, inclusion, audited = None, None, False
         if outcome == "review" and self._reviews is None:
             outcome, reasons = "abstain", (*reasons, "there is no review queue")
-        if outcome == "review" and self._reviews is not None:
-            inclusion = 1.0
+        inclusion, review_id = self._inclusion(outcome), None
+        audited = outcome != "review" and inclusion is not None and self._draw.random() < inclusion
+        if self._reviews is not None and inclusion is not None and (audited or outcome == "review"):
             review_id = await self._reviews.put(
                 facts.asked,
                 answered,
-                reasons,
+                ("audit",) if audited else reasons,
                 facts.confidence,
-                1.0,
+                inclusion,
+                urgent=not audited,
                 candidates=self._besides(answered, others),
             )
-        elif outcome in ("answer", "caveat") and self._reviews is not None and self.policy.audit_share > 0:
-            inclusion = self.policy.audit_share
-            audited = self._draw.random() < inclusion
-            if audited:
-                review_id = await self._reviews.put(
-                    facts.asked, answered, ("audit",), facts.confidence, inclusion, urgent=False,
-                    candidates=self._besides(answered, others),
-                )  # fmt: skip
         return Judgement(
             outcome,
             reasons,
@@ -195,6 +188,14 @@ class Gate:
             audited,
             inclusion,
         )
+
+    def _inclusion(self, outcome: Outcome) -> float | None:
+        """The probability with which people see such an answer; None: they cannot."""
+        if self._reviews is None:
+            return None
+        if outcome == "review":
+            return 1.0
+        return self.policy.audit_share or None if outcome in ("answer", "caveat") else None
 
     def _besides(self, answered: Answered, others: Sequence[str]) -> list[str]:
         """Other answers, each once, masked as the answer is."""
