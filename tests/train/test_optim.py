@@ -111,7 +111,7 @@ def test_float32_weights_are_stepped_themselves() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("at_once", [7, 2**18])
+@pytest.mark.parametrize("at_once", [7, 2**19])
 def test_steps_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, at_once: int) -> None:
     """However the parameters are cut; what gets no gradient in a step is left alone."""
     monkeypatch.setattr(optim, "_at_once", lambda device: at_once)

@@ -105,7 +105,9 @@ class MainParameters(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         parameter = self.trained[name].detach()
-        return _joined(parameter, self._lower[name]) if name in self._lower else parameter
+        if name not in self._lower:
+            return parameter
+        return _joined(parameter, self._lower[name], torch.empty_like(parameter, dtype=torch.float32))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.trained)
@@ -117,7 +119,7 @@ class MainParameters(Mapping[str, Tensor]):
         """Give a parameter another value; the model has it rounded to its dtype."""
         parameter = self.trained[name].detach()
         if name in self._lower:
-            _split(value.to(parameter.device, torch.float32), parameter, self._lower[name])
+            _split(value.to(parameter.device, torch.float32, copy=True), parameter, self._lower[name])
         else:
             parameter.copy_(value)
 
@@ -168,10 +170,6 @@ class AdamW:
         self._main, self._config = main, config
         self._state: dict[str, dict[str, Tensor]] = {}
 
-    def decay(self, name: str) -> float:
-        """How strongly a parameter is decayed."""
-        return self._config.weight_decay if self._main.trained[name].dim() >= 2 else 0.0
-
     @torch.no_grad()
     def step(self, rate: float, scale: float = 1.0) -> None:
         """Take one step with the gradients times `scale`; they may be scaled in place."""
@@ -180,19 +178,25 @@ class AdamW:
             self._state.setdefault(name, _no_moments(self._main.trained[name]))
         for decay in sorted({self._decay(name) for name in stepped}):
             pieces = [p for name in stepped if self._decay(name) == decay for p in self._main.pieces(name)]
-            for bucket in _buckets(pieces):
-                self._step(bucket, rate, scale, decay)
+            buckets = list(_buckets(pieces))
+            room = _Room(max(sum(piece.own.numel() for piece in bucket) for bucket in buckets))
+            for bucket in buckets:
+                room.clear()
+                self._step(bucket, rate, scale, decay, room)
         for name in stepped:
             self._state[name]["step"] += 1
 
     def _decay(self, name: str) -> float:
         return self._config.weight_decay if self._main.trained[name].dim() >= 2 else 0.0
 
-    def _step(self, bucket: Sequence[Piece], rate: float, scale: float, decay: float) -> None:
+    def _step(self, bucket: Sequence[Piece], rate: float, scale: float, decay: float, room: _Room) -> None:
         values, gradients = [], []
         for piece in bucket:
-            value = piece.own if piece.lower is None else _joined(piece.own, piece.lower)
-            gradient = _part(self._main.trained[piece.name].grad, piece).to(value.dtype)
+            value, gradient = piece.own, _part(self._main.trained[piece.name].grad, piece)
+            if piece.lower is not None:
+                value = _joined(piece.own, piece.lower, room.like(piece.own))
+            if gradient.dtype != value.dtype:
+                gradient = room.like(piece.own).copy_(gradient)
             values.append(value)
             gradients.append(gradient if scale == 1.0 else gradient.mul_(scale))
         states = [self._state[piece.name] for piece in bucket]
@@ -246,7 +250,7 @@ def _rows(tensor: Tensor) -> Iterator[slice]:
 
 def _at_once(device: torch.device) -> int:
     """Elements that are stepped together: what a CPU's cache holds, or what keeps a GPU busy."""
-    return 2**25 if device.type == "cuda" else 2**18
+    return 2**25 if device.type == "cuda" else 2**19
 
 
 def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -270,22 +274,40 @@ def _part(tensor: Tensor | None, piece: Piece) -> Tensor:
 # --- a float32 number as a bf16 number and 16 bits ---
 
 
-def _joined(upper: Tensor, lower: Tensor) -> Tensor:
-    """The float32 numbers of which these are the halves; `lower` is signed, about the rounded upper half."""
-    bits = upper.view(torch.int16).to(torch.int32)
-    number: Tensor = bits.bitwise_left_shift_(16).add_(lower).view(torch.float32)
+def _joined(upper: Tensor, lower: Tensor, number: Tensor) -> Tensor:
+    """Write the float32 numbers of which these are the halves: the rounded number, and a signed rest."""
+    number.view(torch.int32).copy_(upper.view(torch.int16)).bitwise_left_shift_(16).add_(lower)
     return number
 
 
-def _split(value: Tensor, upper: Tensor, lower: Tensor) -> None:
+def _split(number: Tensor, upper: Tensor, lower: Tensor) -> None:
     """Write the halves: the nearest bf16 number (the one further from 0 if two are), and what is left.
 
-    In bits, a float32 number is its bf16 rounding times 2^16 plus a rest between -2^15 and 2^15 - 1.
+    In bits, a float32 number is its bf16 rounding times 2^16 plus a rest between -2^15 and 2^15 - 1: its
+    lower half as a signed number. `number` is used up.
     """
-    bits = value.view(torch.int32)
-    high = (bits + 2**15).bitwise_right_shift_(16)
-    upper.view(torch.int16).copy_(high)
-    lower.copy_(bits - high.bitwise_left_shift_(16))
+    bits = number.view(torch.int32)
+    lower.copy_(bits)  # the lower bits of each
+    upper.view(torch.int16).copy_(bits.add_(2**15).bitwise_right_shift_(16))
+
+
+class _Room:
+    """float32 numbers that are made once: fresh memory for each piece takes longer than the piece."""
+
+    def __init__(self, elements: int) -> None:
+        self._elements, self._taken = 2 * elements, 0
+        self._flat: Tensor | None = None
+
+    def like(self, piece: Tensor) -> Tensor:
+        """Room for a piece's numbers, beside what was taken since it was cleared."""
+        if self._flat is None:
+            self._flat = torch.empty(self._elements, device=piece.device)
+        start, self._taken = self._taken, self._taken + piece.numel()
+        return self._flat[start : self._taken].view(piece.shape)
+
+    def clear(self) -> None:
+        """Forget what was taken."""
+        self._taken = 0
 
 
 def _widen_gradient(parameter: Tensor, incoming: Tensor) -> None:
