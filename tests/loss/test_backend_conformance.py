@@ -21,8 +21,6 @@ FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f
 DTYPES = ["f64 f64", "f32 f32", "bf16 bf16", "f16 f16", "bf16 f32", "f32 bf16"]
 SUM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Relative to the sum's own size; products of few terms, so that rounding is all that differs."""
-RESIDUAL_TOLERANCE = 6e-5
-"""Where bf16 logits are made of two rounded products (chunked, on AMX): exact to 2^-18 of themselves."""
 GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 """Of the norm of the error over the norm of the terms' magnitudes: where a gradient's terms cancel, what is
 left is no measure of how they were rounded. Sizes and slopes are random here: one bf16 number alone may be
@@ -155,7 +153,7 @@ def assert_log_probs(actual: Sums, expected: Sums, picks: Picks, dtype: torch.dt
 
 
 def assert_gradients(
-    actual: Gradients, expected: Gradients, magnitudes: Gradients, logits: Logits, *, residual: bool
+    actual: Gradients, expected: Gradients, magnitudes: Gradients, logits: Logits, *, rounds_products: bool
 ) -> None:
     dtypes = dict(
         zip(("dh_ND", "dw_VD", "dbias_V", "da_NR", "db_VR"), (tensor for tensor in logits[:5]), strict=True)
@@ -170,7 +168,7 @@ def assert_gradients(
         error = float((found.double() - wanted).norm())
         # Products of bf16 inputs round dz to bf16 too.
         narrowest = max(GRADIENT_TOLERANCE[tensor.dtype] for tensor in logits.given)
-        narrowest = AMX_TOLERANCE if residual else narrowest
+        narrowest = AMX_TOLERANCE if rounds_products else narrowest
         info = torch.finfo(own.dtype)
         step = info.tiny * info.eps * wanted.numel() ** 0.5  # float16 rounds what is small to this
         # What is written is rounded once more, each number by half a step of its own at most: in a gradient
@@ -207,17 +205,16 @@ def test_sums_and_gradients(backend: str, dtypes: str, data: st.DataObject) -> N
             return Slopes(*parts, slopes.pick_P[own])  # type: ignore[arg-type]
 
         fused_sums, fused_gradients = engine.fused(logits, picks, asks, slopes_of, needs)
-    residual = backend == "chunked" and dtypes == "bf16 bf16" and torch.cpu._is_amx_tile_supported()
-    tolerance = RESIDUAL_TOLERANCE if residual else SUM_TOLERANCE[logits.dtype]
+    rounds_products = backend == "chunked" and dtypes == "bf16 bf16" and torch.cpu._is_amx_tile_supported()
+    tolerance = SUM_TOLERANCE[logits.dtype]
     for found in (sums, fused_sums):
         assert_sums(found, expected, logits.dtype, tolerance)
         assert_same_choices(found, expected, logits, asks)
-        if not residual:
-            assert_log_probs(found, expected, picks, logits.dtype)
+        assert_log_probs(found, expected, picks, logits.dtype)
     wanted = direct_gradients(logits, picks, slopes, needs)
     magnitudes = direct_gradients(logits, picks, slopes, needs, magnitudes=True)
     for part in (gradients, fused_gradients):
-        assert_gradients(part, wanted, magnitudes, logits, residual=residual)
+        assert_gradients(part, wanted, magnitudes, logits, rounds_products=rounds_products)
     assert [rows.start for rows, _ in seen] == [0, *(rows.stop for rows, _ in seen[:-1])][: len(seen)]
     if seen:
         assert seen[-1][0].stop == len(logits.h_ND) and seen[-1][1].stop == len(picks.row_P)

@@ -4,10 +4,10 @@
 every mixture of dtypes.
 
 `AmxProducts` is for bf16 on a CPU with AMX, where a bf16 product is several times faster than a float32 one
-but rounds its output to 8 bits. Each logit tile is therefore made of two: z1 = bf16(h w^T), then
-r = bf16(h w^T - z1), whose subtraction happens in float32 inside the product. z1 + r is exact to 2^-18
-relative (a float32 product of this depth: about 2^-20). In the gradient's products dz is rounded to bf16, as
-the gradients themselves are in the end; sums over tiles are float32 all the same.
+but rounds its output to 8 bits. Logits are float32 products there too: two bf16 ones, the second of what the
+first left, are exact to 2^-18 of a logit and no more, which ten times the promised error came of. In the
+gradient's products dz is rounded to bf16, as the gradients themselves are in the end; sums over tiles are
+float32 all the same.
 
 A low-rank addition to the head (h w^T + a b^T) is extra columns: [h a] [w b]^T, with [w b] put together for
 one tile at a time. D counts these columns here.
@@ -99,10 +99,10 @@ class WideProducts(_Factors):
 
 
 class AmxProducts(_Factors):
-    """Products on bf16 units, with logits kept to 2^-18.
+    """Logits in float32, gradients on bf16 units.
 
-    Results pass through two buffers that are made once: a fresh tensor of a tile's size costs as much in page
-    faults as the product itself.
+    Gradients pass through two buffers that are made once: a fresh tensor of a tile's size costs as much in
+    page faults as the product itself.
     """
 
     def __init__(self, logits: Logits, shape: tuple[int, int]) -> None:
@@ -111,13 +111,14 @@ class AmxProducts(_Factors):
         elements = max(n_rows * n_columns, n_rows * width, n_columns * width)
         self._narrow = self.h_ND.new_empty(elements)
         self._wide = self.h_ND.new_empty(elements, dtype=torch.float32)
+        self._wide_h_ND, self._wide_w_KD = self.h_ND.float(), self.w_KD.float()
+
+    def enter(self, columns: slice) -> None:
+        super().enter(columns)
+        self._wide_w_KD = self.w_KD.float()
 
     def logits(self, rows: slice, z_RK: Tensor) -> None:
-        rounded_RK = _room(self._narrow, z_RK)
-        torch.mm(self.h_ND[rows], self.w_KD.T, out=rounded_RK)
-        z_RK.copy_(rounded_RK)
-        torch.addmm(rounded_RK, self.h_ND[rows], self.w_KD.T, beta=-1, out=rounded_RK)
-        z_RK.add_(_room(self._wide, z_RK).copy_(rounded_RK))
+        z_RK.addmm_(self._wide_h_ND[rows], self._wide_w_KD.T, beta=0.0)
 
     def add_dh(self, dz_RK: Tensor, wanted: slice, dh_RW: Tensor) -> None:
         self._add_product(_room(self._narrow, dz_RK).copy_(dz_RK), self.w_KD[:, wanted], dh_RW)
