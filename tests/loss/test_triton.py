@@ -154,7 +154,7 @@ def test_everything_at_once(dtype: torch.dtype, by_library: bool) -> None:
         conformance.assert_sums(found, expected, torch.float32, 1e-5)
         conformance.assert_same_choices(found, expected, logits, asks)
         assert torch.equal(found.drawn_N, expected.drawn_N)  # type: ignore[arg-type]
-        conformance.assert_gradients(gradients, wanted, magnitudes, logits, residual=False)
+        conformance.assert_gradients(gradients, wanted, magnitudes, logits, rounds_products=False)
 
 
 @runs_kernels
