@@ -173,9 +173,12 @@ def test_a_norm_that_is_not_finite_is_told_and_clips_nothing() -> None:
     model = nn.Linear(3, 2)
     main = MainParameters(model)
     for parameter in main.trained.values():
-        parameter.grad = torch.full_like(parameter, math.nan)
-    assert math.isnan(main.gradient_norm())
-    assert clipping(math.inf, 1.0) == 1.0
+        parameter.grad = torch.ones_like(parameter)
+    assert model.bias.grad is not None
+    model.bias.grad[0] = math.nan
+    norm = main.gradient_norm()
+    assert math.isnan(norm) and clipping(norm, 1.0) == 1.0 and clipping(math.inf, 1.0) == 1.0
+    assert torch.equal(model.weight.grad, torch.ones(2, 3))  # type: ignore[arg-type]
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_are_left_out() -> None:

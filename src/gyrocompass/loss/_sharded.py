@@ -100,8 +100,7 @@ class Sharded:
         missing = (0, asks.top - own.top_NK.shape[1])
         own_NK = torch.nn.functional.pad(own.top_NK, missing, value=-torch.inf)
         own_token_NK = torch.nn.functional.pad(own.top_token_NK, missing) + asks.first_token
-        z_NJ = torch.cat(self._gathered(own_NK), dim=1)
-        token_NJ = torch.cat(self._gathered(own_token_NK), dim=1)
+        z_NJ, token_NJ = self.side_by_side(own_NK), self.side_by_side(own_token_NK)
         top_NK, place_NK = z_NJ.topk(asks.top, dim=1)
         return top_NK, token_NJ.gather(1, place_NK)
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 BUCKET_ELEMENTS = 16 * 2**20
 PATIENCE = timedelta(days=7)
@@ -84,7 +86,7 @@ class World(NamedTuple):
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
         dist.all_reduce(used, op=dist.ReduceOp.MAX)
         present = [p for p, flag in zip(parameters, used.tolist(), strict=True) if flag]
-        for bucket in _buckets(present):
+        for bucket in buckets(present, lambda parameter: parameter, BUCKET_ELEMENTS):
             self._sum_bucket(bucket)
 
     def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
@@ -97,14 +99,16 @@ class World(NamedTuple):
             parameter.grad = part.view_as(parameter)
 
 
-def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for parameter in parameters:
-        full = sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS
-        if bucket and (full or bucket[0].dtype != parameter.dtype):
+def buckets(items: Sequence[T], tensor_of: Callable[[T], Tensor], most: int) -> Iterator[list[T]]:
+    """Items in their order, together as long as their tensors have one dtype and at most so many elements."""
+    bucket: list[T] = []
+    for item in items:
+        tensor = tensor_of(item)
+        full = sum(tensor_of(one).numel() for one in bucket) + tensor.numel() > most
+        if bucket and (full or tensor_of(bucket[0]).dtype != tensor.dtype):
             yield bucket
             bucket = []
-        bucket.append(parameter)
+        bucket.append(item)
     if bucket:
         yield bucket
 

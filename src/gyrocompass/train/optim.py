@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from gyrocompass.core.config import Config
+from gyrocompass.train.distributed import buckets
 
 
 class ScheduleConfig(Config):
@@ -178,9 +179,9 @@ class AdamW:
             self._state.setdefault(name, _no_moments(self._main.trained[name]))
         for decay in sorted({self._decay(name) for name in stepped}):
             pieces = [p for name in stepped if self._decay(name) == decay for p in self._main.pieces(name)]
-            buckets = list(_buckets(pieces))
-            room = _Room(max(sum(piece.own.numel() for piece in bucket) for bucket in buckets))
-            for bucket in buckets:
+            together = list(buckets(pieces, lambda piece: piece.own, _at_once(pieces[0].own.device)))
+            room = _Room(max(sum(piece.own.numel() for piece in bucket) for bucket in together))
+            for bucket in together:
                 room.clear()
                 self._step(bucket, rate, scale, decay, room)
         for name in stepped:
@@ -251,18 +252,6 @@ def _rows(tensor: Tensor) -> Iterator[slice]:
 def _at_once(device: torch.device) -> int:
     """Elements that are stepped together: what a CPU's cache holds, or what keeps a GPU busy."""
     return 2**25 if device.type == "cuda" else 2**19
-
-
-def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    bucket: list[Piece] = []
-    for piece in pieces:
-        elements = sum(one.own.numel() for one in bucket) + piece.own.numel()
-        if bucket and (elements > _at_once(piece.own.device) or bucket[0].own.dtype != piece.own.dtype):
-            yield bucket
-            bucket = []
-        bucket.append(piece)
-    if bucket:
-        yield bucket
 
 
 def _part(tensor: Tensor | None, piece: Piece) -> Tensor:
