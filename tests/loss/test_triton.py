@@ -88,7 +88,7 @@ def test_in_the_interpreter() -> None:
 @contextmanager
 def small_pieces(part: int, kept: int, columns: int, *, by_library: bool = False) -> Iterator[None]:
     """Cut small cases into several parts of the vocabulary and blocks of rows."""
-    sizes = {"KEPT_ELEMENTS": kept, "COLUMNS": columns, "ALIGNED": 64, "ROWS": 32, "DZ_ELEMENTS": 64 * 32}
+    sizes = {"KEPT_BYTES": 4 * kept, "COLUMNS": columns, "ALIGNED": 64, "ROWS": 32, "DZ_ELEMENTS": 64 * 32}
     sizes |= {"TILE_ELEMENTS": 32 * part, "_by_library": lambda _: by_library}
     with (
         mock.patch.multiple(_triton, **sizes),
@@ -269,6 +269,44 @@ def test_noise_of_the_smallest_number() -> None:
 
 
 @runs_kernels
+def test_dw_of_as_many_blocks_as_fused_takes() -> None:
+    """Rounded to bf16 after each, where fused would be preferred."""
+    logits = question(_triton.MOST_BLOCKS * 32, 64, 150, torch.bfloat16)
+    picks = Picks(torch.arange(len(logits.h_ND)), torch.arange(len(logits.h_ND)) % 150)
+    exact = direct_sums(logits, picks, Asks())
+    slopes = slopes_like_nll(exact, picks)
+    narrow = Slopes(*(None if field is None else field.float() for field in slopes))
+    with small_pieces(part=64, kept=16 * 150, columns=64):
+        assert _triton._rows_kept(logits) == 32
+        _, found = ENGINE.fused(logits, picks, Asks(), in_blocks(narrow), EVERYTHING)
+    wanted = direct_gradients(logits, picks, slopes, EVERYTHING).dw_VD
+    assert wanted is not None and found.dw_VD is not None
+    error = float((found.dw_VD.double() - wanted).norm() / wanted.norm())
+    # Two roundings more than the 2.6e-3 that two passes are off here: a head so small and flat that
+    # nothing of dw is exact. At the sizes that are measured it is 2.4e-3.
+    assert error < 3.2e-3
+
+
+@runs_kernels
+@pytest.mark.parametrize("softcap", [None, 80.0])
+def test_kept_logits_give_the_gradient_of_wide_ranges(softcap: float | None) -> None:
+    """Logits hundreds of nats apart, masked ones, all of them far below zero: as two passes have it."""
+    rule = LogitRule(softcap=softcap)
+    bias_V = torch.linspace(-400.0, -100.0, 150).masked_fill(torch.arange(150) % 5 == 1, -torch.inf)
+    logits = question(20, 16, 150, torch.bfloat16, rule=rule, bias_V=bias_V.bfloat16())
+    picks = Picks(torch.arange(20), torch.arange(20) * 5)
+    exact = direct_sums(logits, picks, Asks())
+    slopes = slopes_like_nll(exact, picks)._replace(d_N=torch.full((20,), 0.01, dtype=torch.float64))
+    narrow = Slopes(*(None if field is None else field.float() for field in slopes))
+    with small_pieces(part=64, kept=20 * 150, columns=64):
+        _, found = ENGINE.fused(logits, picks, Asks(), in_blocks(narrow), EVERYTHING)
+    wanted = direct_gradients(logits, picks, slopes, EVERYTHING)
+    for name in ("dh_ND", "dw_VD", "dbias_V"):
+        expected = getattr(wanted, name)
+        assert (getattr(found, name).double() - expected).norm() < 3e-3 * expected.norm(), name
+
+
+@runs_kernels
 def test_any_layout() -> None:
     plain = question(5, 24, 70, torch.bfloat16)
     slices = plain._replace(
@@ -311,37 +349,8 @@ def dw_of_blocks(dz_by_row: Tensor, kept: int) -> Tensor:
 
 
 @runs_kernels
-def test_dw_grows_by_what_bf16_alone_would_lose() -> None:
-    """1 + 8 * 2^-9: in bf16 each addition would round back to 1."""
-    found = dw_of_blocks(torch.tensor([1.0] + [2.0**-9] * 8), kept=1)
-    assert found.float().unique().tolist() == [1.015625]
-
-
-@runs_kernels
 def test_nan_in_dw_survives_additions() -> None:
-    """On a GPU such a NaN has all bits set: rounding by addition would carry it over to -0."""
     assert dw_of_blocks(torch.tensor([torch.nan, 1.0, 1.0]), kept=1).isnan().all()
-
-
-@runs_kernels
-@pytest.mark.parametrize("width", [20, 201])
-def test_dw_between_blocks_has_20_bits_rounded_to_the_nearest(width: int) -> None:
-    dz_NK, h_ND = question(30, 30, 30, torch.bfloat16)[0], question(30, width, 30, torch.bfloat16)[0]
-    exact = dz_NK.double().T @ h_ND.double()
-    half = _triton_launch.low_columns(width)
-    high, low = (
-        torch.zeros(exact.shape, dtype=torch.bfloat16),
-        torch.full((30, half), 0xA5, dtype=torch.uint8),
-    )
-    there = moved(DEVICE, (dz_NK, h_ND, high, low))
-    for times in (1, 2):
-        _triton_launch.launch_add_dw(*there, first=times == 1, last=False)
-        high, low = moved("cpu", there[2:])
-        pairs = low.view(30, -1, _triton_launch.HALF)
-        lower = torch.stack([pairs & 15, pairs >> 4], dim=2).view(30, -1)[:, :width]
-        bits = (high.view(torch.int16).int() << 16) | (lower.int() << 12)
-        error = (bits.view(torch.float32) - times * exact).abs()
-        assert (error <= times * exact.abs() * 2.0**-12 * times + 1e-6).all()
 
 
 @runs_kernels
@@ -365,20 +374,32 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fused_is_preferred_where_products_are_long_and_blocks_large() -> None:
-    def prefers(n_rows: int, width: int, vocabulary: int, *, w: bool = True) -> bool:
-        meta = torch.empty(n_rows, width, device="meta"), torch.empty(vocabulary, width, device="meta")
-        return ENGINE.prefers_fused(Logits(*meta, None, None, None, LogitRule()), EVERYTHING._replace(w=w))
+    def prefers(
+        n_rows: int,
+        width: int,
+        vocabulary: int,
+        *,
+        w: bool = True,
+        dtype: torch.dtype = torch.float32,
+        softcap: float | None = None,
+    ) -> bool:
+        meta = [torch.empty(n, width, device="meta", dtype=dtype) for n in (n_rows, vocabulary)]
+        logits = Logits(*meta, None, None, None, LogitRule(softcap=softcap))
+        return ENGINE.prefers_fused(logits, EVERYTHING._replace(w=w))
 
     assert prefers(8192, 4096, 152_064)
     assert not prefers(8192, 576, 49_152)
     assert not prefers(8192, 4096, 1_000_000)
+    assert prefers(8192, 4096, 152_064, dtype=torch.bfloat16)
+    assert not prefers(16_384, 4096, 152_064, dtype=torch.bfloat16), "dw would be rounded too often"
+    assert not prefers(8192, 4096, 152_064, dtype=torch.bfloat16, softcap=30.0)
     assert prefers(8192, 4096, 1_000_000, w=False)
 
 
 POINTERS = {
     "h_ptr": "*bf16", "w_ptr": "*bf16", "a_ptr": "*fp32", "b_ptr": "*fp32", "bias_ptr": "*bf16",
     "pick_start_ptr": "*i64", "pick_token_ptr": "*i64", "seed_ptr": "*i64", "count_ptr": "*i32",
-    "list_token_ptr": "*i32", "dz_ptr": "*bf16", "high_ptr": "*bf16", "low_ptr": "*u8",
+    "list_token_ptr": "*i32", "dz_ptr": "*bf16", "kept_ptr": "*u16",
 }  # fmt: skip
 SIZES = {
     "WIDTH": 100,
@@ -388,15 +409,15 @@ SIZES = {
     "BLOCK_K": 32,
     "BLOCK_D": 32,
     "BLOCK_T": 8,
-    "HALF": 64,
+    "PER_CREST": 64,
     "w_step": 1,
 }
-FLAGS = {"ENTROPY": True, "SUM_SQ": True, "MEAN": True, "N_TOP": 5, "FIRST": False, "LAST": False}
+FLAGS = {"ENTROPY": True, "SUM_SQ": True, "MEAN": True, "N_TOP": 5}
 
 
 @compiles
 @pytest.mark.parametrize(("capability", "kept"), [(80, False), (90, False), (90, True)])
-@pytest.mark.parametrize("kernel", ["sums_kernel", "dz_kernel", "add_dw_kernel"])
+@pytest.mark.parametrize("kernel", ["sums_kernel", "dz_kernel"])
 def test_compiles_with_everything_asked(kernel: str, capability: int, kept: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -404,13 +425,13 @@ def test_compiles_with_everything_asked(kernel: str, capability: int, kept: bool
     from gyrocompass.loss import _triton_kernels
 
     function = getattr(_triton_kernels, kernel)
-    fixed = SIZES | FLAGS | ({} if kept else {"y_ptr": None, "y_stride": 0}) | {"LAST": kept}
+    fixed = SIZES | FLAGS | ({} if kept else {"y_ptr": None, "y_stride": 0})
     signature, constants = {}, {}
     for place, name in enumerate(function.arg_names):
         if name in fixed:
             signature[name], constants[(place,)] = "constexpr", fixed[name]
         else:
-            number = "fp32" if name in ("gain", "cap") else "i32"
+            number = "fp32" if name in ("gain", "cap", "step", "per_nat") else "i32"
             signature[name] = POINTERS.get(name, "*fp32" if name.endswith("_ptr") else number)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(ASTSource(function, signature, constants), target=target)

@@ -6,10 +6,10 @@ a few numbers per row are written.
 `gradients` makes the logits once more and writes dz, in bf16 for bf16 inputs, for a bounded part of the
 vocabulary; two products with float32 sums turn it into that part's dw, rounded once, and its share of dh.
 
-`fused` keeps the float32 logits of a block of rows, and so makes them once. dw then comes in as many shares
-as there are blocks, and [V, D] of float32 to add them up would be the largest thing in memory: for bf16 the
-sum has 20 bits instead, 16 in the gradient and 4 beside it (each addition rounds to 2^-12 relative, the end
-to 2^-8).
+`fused` keeps the logits of a block of rows, and so makes them once: for bf16 in 16 bits, as depths below the
+largest of a few that lie together, because dz will have no more; dz takes their place. dw then comes in as
+many shares as there are blocks, and [V, D] of float32 to add them up would be the largest thing in memory:
+bf16 is rounded after each block, and blocks are so large that there are few.
 
 Nothing is added atomically: the same call gives the same bits. Products of float32 inputs inside kernels are
 float32; those by the vendor's library follow the process's setting (`torch.backends.cuda.matmul`, full
@@ -40,24 +40,28 @@ from gyrocompass.loss._question import Asks, Gradients, Logits, Needs, Picks, Sl
 from gyrocompass.loss._triton_launch import (
     Ready,
     Tiles,
-    launch_add_dw,
+    keeps_16_bits,
+    kept_in,
     launch_dz,
+    launch_dz_in_place,
     launch_sums,
-    low_columns,
     ready,
+    room_to_keep,
 )
 
 ROWS = 1 << 15
 """Rows at a time, at most, where no logits are kept: their parts' sums take some 3 KB each."""
-DZ_ELEMENTS = 1 << 25
-"""Of dz at a time: 64 MB in bf16, beside twice as much of logits."""
+DZ_ELEMENTS = 1 << 26
+"""Of dz at a time: 128 MB in bf16, beside twice as much of logits."""
 COLUMNS = 16384
 """Of dz at a time, at most: a part of dw in float32 has as many rows."""
-KEPT_ELEMENTS = 150 << 20
-"""Logits that `fused` keeps at a time: 600 MB in float32."""
+KEPT_BYTES = 900 << 20
+"""Logits that `fused` keeps at a time, and the 16 or 32 bits of dz in their place."""
+MOST_BLOCKS = 3
+"""`fused` rounds bf16 dw after each block: 3 times are an error of 2.4e-3 of its norm, one time 1.6e-3."""
 ROWS_OF_TILE = 256
-TILE_ELEMENTS = 1 << 25
-"""Logits that `sums` makes at a time: 128 MB in float32."""
+TILE_ELEMENTS = 1 << 24
+"""Logits that are made at a time for sums: 64 MB in float32."""
 WIDE = 1024
 """From this hidden width on, the library makes logits."""
 FEW = 8
@@ -127,23 +131,30 @@ class TritonBackend:
         """Blocks of rows whose float32 logits are kept between the two passes."""
         with _on_device(logits.h_ND):
             found, sums = _Found(logits, needs), []
-            blocks = list(_row_blocks(logits, picks, _rows_kept(len(logits.w_VD))))
-            head_sum = _HeadSum(found.dw_VD, len(blocks))
-            whole, n_kept = slice(0, len(logits.w_VD)), blocks[0][0].stop if blocks else 0
-            room = logits.h_ND.new_empty(n_kept * whole.stop, dtype=torch.float32)
+            blocks = list(_row_blocks(logits, picks, _rows_kept(logits)))
+            dw_VD = found.dw_VD
+            if dw_VD is not None and dw_VD.dtype == torch.float16:
+                dw_VD = torch.empty_like(dw_VD, dtype=torch.float32)
+            vocabulary = len(logits.w_VD)
+            room = room_to_keep(logits, blocks[0][0].stop if blocks else 0)
             for rows, own in blocks:
                 block, row_sums = _block(logits, picks, rows, own), found.row_sums(rows)
-                y_RV = _made(block.logits, whole, room)
-                sums.append(launch_sums(block, asks_of(asks, rows), _one_tile(y_RV)))
-                slopes = slopes_of(rows, sums[-1], own)
-                for columns in _parts(len(logits.w_VD), rows.stop - rows.start):
-                    dz_RK = launch_dz(block, slopes, columns, y_RV[:, columns])
+                kept = kept_in(room, rows.stop - rows.start, vocabulary)
+                tiles = _tiles_of(block.logits)
+                if kept.crest_CN is None:
+                    tiles = _one_tile(_made(block.logits, slice(0, vocabulary), kept.z_NV.view(-1)))
+                sums.append(launch_sums(block, asks_of(asks, rows), tiles, kept))
+                dz_RV = launch_dz_in_place(block, slopes_of(rows, sums[-1], own), kept)
+                for columns in _parts_of_products(dz_RV, logits):
+                    dz_RK = dz_RV[:, columns]
                     row_sums.add(dz_RK, columns)
                     found.add(dz_RK, block.logits, columns)
-                    head_sum.add(dz_RK, block.logits.h_ND, columns)
+                    if dw_VD is not None:
+                        put_or_add = put_product if rows.start == 0 else add_product
+                        put_or_add(dw_VD[columns], dz_RK.T, block.logits.h_ND)
                 row_sums.finish()
-                head_sum.next_block()
-            head_sum.finish()
+            if found.dw_VD is not None and dw_VD is not None and dw_VD is not found.dw_VD and blocks:
+                found.dw_VD.copy_(dw_VD)
             return joined(sums, lambda: self.sums(logits, picks, asks)), found.rounded()
 
     def prefers_fused(self, logits: Logits, needs: Needs) -> bool:
@@ -153,8 +164,12 @@ class TritonBackend:
         600 Tflop/s against 8 bytes at 3 TB/s; and one addition to dw moves as many bytes as a product over
         some 500 rows takes time.
         """
-        n_rows, (vocabulary, width) = len(logits.h_ND), logits.w_VD.shape
-        return width >= 1024 and (not needs.w or _rows_kept(vocabulary) >= min(512, n_rows))
+        n_rows, n_kept = len(logits.h_ND), _rows_kept(logits)
+        is_rounded = logits.h_ND.dtype == torch.bfloat16
+        if logits.w_VD.shape[1] < WIDE or (is_rounded and not keeps_16_bits(logits)):
+            return False
+        in_few_blocks = not is_rounded or n_rows <= MOST_BLOCKS * n_kept
+        return not needs.w or (n_kept >= min(512, n_rows) and in_few_blocks)
 
 
 def _on_device(h_ND: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -169,9 +184,9 @@ def _row_blocks(logits: Logits, picks: Picks, n_block: int) -> list[tuple[slice,
     return list(row_blocks(logits, picks, n_block * len(logits.w_VD)))
 
 
-def _rows_kept(vocabulary: int) -> int:
+def _rows_kept(logits: Logits) -> int:
     """Rows whose logits are kept at a time: whole tiles of a product's, if there are as many."""
-    n_rows = max(1, KEPT_ELEMENTS // vocabulary)
+    n_rows = max(1, KEPT_BYTES // (len(logits.w_VD) * (2 if keeps_16_bits(logits) else 4)))
     return n_rows // ROWS_OF_TILE * ROWS_OF_TILE or n_rows
 
 
@@ -190,6 +205,12 @@ def _parts(vocabulary: int, n_rows: int) -> list[slice]:
     """The vocabulary in parts, so that dz of so many rows is bounded."""
     n_columns = max(1, min(COLUMNS, DZ_ELEMENTS // max(1, n_rows)) // ALIGNED) * ALIGNED
     return [slice(at, min(at + n_columns, vocabulary)) for at in range(0, vocabulary, n_columns)]
+
+
+def _parts_of_products(dz_RV: Tensor, logits: Logits) -> list[slice]:
+    """All at once, but where factors of other dtypes than dz have to be copied."""
+    vocabulary = len(logits.w_VD)
+    return [slice(0, vocabulary)] if dz_RV.dtype == logits.w_VD.dtype else _parts(vocabulary, len(dz_RV))
 
 
 def _by_library(logits: Logits) -> bool:
@@ -244,9 +265,12 @@ def put_product(answer: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; a float32 total of 16-bit factors too."""
+    """total += left @ right, rounded once; a float32 total of 16-bit factors too."""
     if not total.is_cuda or left.dtype != right.dtype or left.dtype == torch.float32:
-        total.addmm_(left.float(), right.float())
+        total.copy_(torch.addmm(total.float(), left.float(), right.float()))
+    elif total.dtype == left.dtype:
+        with _shares_added_in_float32():
+            total.addmm_(left, right)
     elif _adds_16_bit_products(total.device):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
@@ -353,43 +377,3 @@ class _Found:
             da_NR=self.da_NR,
             db_VR=None if self.db_VR is None or b_VR is None else self.db_VR.to(b_VR.dtype),
         )
-
-
-class _HeadSum:
-    """dw in shares of one block of rows after the other.
-
-    bf16: in 20 bits, by `launch_add_dw`. float32: in its place. float16: in a float32 sum beside it.
-    """
-
-    def __init__(self, dw_VD: Tensor | None, n_blocks: int) -> None:
-        self.dw_VD, self.n_blocks, self.n_done = dw_VD, n_blocks, 0
-        self.low_VC = self.sum_VD = None
-        if dw_VD is None:
-            return
-        if dw_VD.dtype == torch.bfloat16:
-            # With a single block there is nothing to carry.
-            n_carried = len(dw_VD) if n_blocks > 1 else 0
-            self.low_VC = dw_VD.new_empty(n_carried, low_columns(dw_VD.shape[1]), dtype=torch.uint8)
-        else:
-            is_sum = dw_VD.dtype == torch.float32
-            self.sum_VD = dw_VD if is_sum else torch.zeros_like(dw_VD, dtype=torch.float32)
-
-    def add(self, dz_RK: Tensor, h_RD: Tensor, columns: slice) -> None:
-        """Add the share of a block's rows in some columns."""
-        if self.sum_VD is not None:
-            add_product(self.sum_VD[columns], dz_RK.T, h_RD)
-        elif self.dw_VD is not None and self.low_VC is not None:
-            if self.n_blocks == 1:
-                put_product(self.dw_VD[columns], dz_RK.T, h_RD)
-                return
-            first, last = self.n_done == 0, self.n_done == self.n_blocks - 1
-            launch_add_dw(dz_RK, h_RD, self.dw_VD[columns], self.low_VC[columns], first=first, last=last)
-
-    def next_block(self) -> None:
-        """A block of rows is finished."""
-        self.n_done += 1
-
-    def finish(self) -> None:
-        """Round what is not rounded yet."""
-        if self.dw_VD is not None and self.sum_VD is not None and self.sum_VD is not self.dw_VD:
-            self.dw_VD.copy_(self.sum_VD)

@@ -1,4 +1,4 @@
-"""The Triton kernels: sums over logits, logits turned into their gradient, and a product that adds exactly.
+"""The Triton kernels: sums over logits, and logits turned into their gradient.
 
 A tile of logits is either made here, by a product with float32 accumulation (float32 inputs are multiplied as
 float32, not as TF32), or read from memory where the caller has kept it (`y_ptr`). Everything that is done
@@ -36,6 +36,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 GROUP = tl.constexpr(16)
 """Blocks of rows that go through the vocabulary together."""
+DEEPEST, OUTSIDE = tl.constexpr(65534), tl.constexpr(65535)
+"""Kept logits are depths below a tile's crest, as whole numbers of 16 bits; one of them says: not allowed."""
 
 
 @triton.jit
@@ -116,8 +118,8 @@ def _logits(
 ):  # fmt: skip
     """A tile of logits, -inf where the bias is and past the end; the softcap's slope; what columns are in.
 
-    Kept logits are `n_kept` columns, of which these are `kept_K`: not clamped to what there is but masked, or
-    loads would not be known to be contiguous.
+    Products that are read are `n_kept` columns, of which these are `kept_K`: not clamped to what there is but
+    masked, or loads would not be known to be contiguous.
     """
     if y_ptr is None:
         y_RK = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -161,6 +163,30 @@ def _allowed(z_RK, inside_K, floor_ptr, row_R):
 
 
 @triton.jit
+def _keep(kept_ptr, crest_ptr, z_RK, allowed_RK, crest_R, own_R, is_row_R, token_K, end, vocabulary, n_rows,
+          per_nat, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Write a tile of logits as depths below its crest, `per_nat` of them a nat, and the crest."""
+    depth_RK = (crest_R[:, None] - z_RK) * per_nat + 0.5
+    depth_RK = tl.where(depth_RK < DEEPEST, depth_RK, 0.0 + DEEPEST)
+    depth_RK = tl.where(allowed_RK, depth_RK, 0.0 + OUTSIDE)
+    place_RK = own_R[:, None].to(tl.int64) * vocabulary + token_K[None, :]
+    inside_RK = is_row_R[:, None] & (token_K < end)[None, :]
+    tl.store(kept_ptr + place_RK, depth_RK.to(tl.uint16), mask=inside_RK)
+    tile = tl.min(token_K, axis=0) // BLOCK_K
+    tl.store(crest_ptr + tile.to(tl.int64) * n_rows + own_R, crest_R, mask=is_row_R)
+
+
+@triton.jit
+def _kept(kept_ptr, crest_ptr, row_R, own_K, n_columns, n_rows, step, PER_CREST: tl.constexpr):
+    """What `_keep` wrote: logits, and which are allowed. A tile has one crest."""
+    place_RK = kept_ptr + row_R[:, None].to(tl.int64) * n_columns + own_K[None, :]
+    depth_RK = tl.load(place_RK, mask=(own_K < n_columns)[None, :], other=OUTSIDE).to(tl.int32)
+    tile = tl.min(own_K, axis=0) // PER_CREST
+    crest_R = tl.load(crest_ptr + tile.to(tl.int64) * n_rows + row_R)
+    return crest_R[:, None] - depth_RK.to(tl.float32) * step, depth_RK != OUTSIDE
+
+
+@triton.jit
 def _best(z_RK):
     """The largest of each row and its column, the first of equal ones."""
     return tl.max(z_RK, axis=1, return_indices=True, return_indices_tie_break_left=True)
@@ -183,15 +209,16 @@ def _insert(best_R, token_R, list_RT, list_token_RT):
 @triton.jit(do_not_specialize=["n_rows", "first_token", "first_part"])
 def sums_kernel(
     h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, floor_ptr, threshold_ptr, seed_ptr,
-    pick_start_ptr, pick_token_ptr, pick_ptr, sum_ptr, count_ptr, list_ptr, list_token_ptr,
-    n_rows, vocabulary, part, first_part, n_columns, first_token, w_stride, w_step, y_stride, gain, cap,
-    ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, N_TOP: tl.constexpr,
+    pick_start_ptr, pick_token_ptr, pick_ptr, sum_ptr, count_ptr, list_ptr, list_token_ptr, kept_ptr,
+    crest_ptr, n_rows, vocabulary, part, first_part, n_columns, first_token, w_stride, w_step, y_stride, gain,
+    cap, per_nat, ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, N_TOP: tl.constexpr,
     WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums of a block of rows over one part of the vocabulary: [N_SUMS, S, N], [N_COUNTS, S, N]; picks.
 
-    A launch goes through `n_columns` of the vocabulary, from the part `first_part` on.
+    With `kept_ptr` logits are kept in 16 bits, [N, V], and each tile's largest, [V / BLOCK_K, N]. A launch
+    goes through `n_columns` of the vocabulary, from the part `first_part` on.
     """
     block, split = _tile(tl.program_id(0), n_rows, n_columns, BLOCK_R, part)
     split += first_part
@@ -244,7 +271,13 @@ def sums_kernel(
                 rest_RK = tl.where(token_K[None, :] == (start + at_R)[:, None], -INFINITY, rest_RK)
                 best_R, at_R = _best(rest_RK)
 
-        new_top_R = tl.maximum(top_R, tl.max(in_z_RK, axis=1))
+        crest_R = tl.max(in_z_RK, axis=1)
+        if kept_ptr is not None:
+            _keep(
+                kept_ptr, crest_ptr, z_RK, allowed_RK, crest_R, own_R, is_row_R, token_K, end, vocabulary,
+                n_rows, per_nat, BLOCK_K,
+            )  # fmt: skip
+        new_top_R = tl.maximum(top_R, crest_R)
         change_R = top_R - new_top_R
         factor_R = tl.exp(change_R)
         x_RK = tl.where(allowed_RK, z_RK - new_top_R[:, None], 0.0)
@@ -293,21 +326,29 @@ def sums_kernel(
 @triton.jit(do_not_specialize=["n_rows", "first_column"])
 def dz_kernel(
     h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, floor_ptr, top_ptr, slope_a_ptr, slope_b_ptr, slope_c_ptr,
-    slope_d_ptr, pick_start_ptr, pick_token_ptr, pick_slope_ptr, dz_ptr, n_rows, n_columns, first_column,
-    w_stride, w_step, y_stride, gain, cap, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    slope_d_ptr, pick_start_ptr, pick_token_ptr, pick_slope_ptr, kept_ptr, crest_ptr, dz_ptr, n_rows,
+    n_columns, first_column, w_stride, w_step, y_stride, gain, cap, step, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, PER_CREST: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dz of one tile, [rows, columns]; pointers are to the first row and column, tokens of picks are not."""
+    """dz of one tile, [rows, columns]; pointers are to the first row and column, tokens of picks are not.
+
+    Kept logits, or products that were kept, may lie where dz is written: a tile is read before it is written.
+    """
     block, part = _tile(tl.program_id(0), n_rows, n_columns, BLOCK_R, BLOCK_K)
     own_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
     own_K = part * BLOCK_K + tl.arange(0, BLOCK_K)
     is_row_R, is_column_K = own_R < n_rows, own_K < n_columns
     row_R, column_K = tl.minimum(own_R, n_rows - 1), tl.minimum(own_K, n_columns - 1)
-    z_RK, bend_RK, inside_K = _logits(
-        h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, is_column_K, own_K, n_columns, w_stride,
-        w_step, y_stride, gain, cap, WIDTH, RANK, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_L,
-    )  # fmt: skip
-    allowed_RK = _allowed(z_RK, inside_K, floor_ptr, row_R)
+    if kept_ptr is not None:
+        z_RK, allowed_RK = _kept(kept_ptr, crest_ptr, row_R, own_K, n_columns, n_rows, step, PER_CREST)
+        bend_RK = 1.0
+    else:
+        z_RK, bend_RK, inside_K = _logits(
+            h_ptr, w_ptr, a_ptr, b_ptr, y_ptr, bias_ptr, row_R, column_K, is_column_K, own_K, n_columns,
+            w_stride, w_step, y_stride, gain, cap, WIDTH, RANK, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_L,
+        )  # fmt: skip
+        allowed_RK = _allowed(z_RK, inside_K, floor_ptr, row_R)
     x_RK = tl.where(allowed_RK, z_RK - tl.load(top_ptr + row_R)[:, None], 0.0)
     exp_RK = tl.exp(x_RK)
     inner_RK = tl.zeros((BLOCK_R, BLOCK_K), tl.float32) + tl.load(slope_a_ptr + row_R)[:, None]
@@ -338,72 +379,6 @@ def dz_kernel(
         tl.store(dz_ptr + place_RK, dz_RK, mask=inside_RK)
 
 
-@triton.jit
-def _add_to_20_bits(
-    sum_KC, high_KC, low_KC, inside_KC, shift: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
-):
-    """Add a float32 tile to 16 bits at `high_KC` and 4 of `low_KC`; the new 4 bits."""
-    if not FIRST:
-        upper_KC = tl.load(high_KC, mask=inside_KC, other=0.0).to(tl.uint16, bitcast=True)
-        bits_KC = (upper_KC.to(tl.uint32) << 16) | (((low_KC.to(tl.uint32) >> shift) & 15) << 12)
-        sum_KC += bits_KC.to(tl.float32, bitcast=True)
-    if LAST:
-        tl.store(high_KC, _to_bf16(sum_KC), mask=inside_KC)
-        return low_KC.to(tl.uint32)
-    bits_KC = sum_KC.to(tl.uint32, bitcast=True)
-    # Rounded to the nearest; a NaN stays what it is, where adding could carry it over to a number.
-    bits_KC = tl.where(sum_KC == sum_KC, bits_KC + 0x800, bits_KC)
-    tl.store(high_KC, (bits_KC >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside_KC)
-    return (bits_KC >> 12) & 15
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def add_dw_kernel(
-    dz_ptr, h_ptr, high_ptr, low_ptr, n_rows, n_columns,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """dw += dz^T h in 20 of a float32's bits: 16 are the bf16 gradient itself, 4 lie beside it.
-
-    A tile has two halves of HALF columns; a byte beside it has the 4 bits of a column of either. The last
-    addition rounds to bf16 instead. Loads are masked, not clamped, or they would not be known to be
-    contiguous (seen to take five times as long).
-    """
-    width_of_tile: tl.constexpr = 2 * HALF
-    part, block = _tile(tl.program_id(0), n_columns, WIDTH, BLOCK_K, width_of_tile)
-    own_K = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    own_D = block * width_of_tile + tl.arange(0, width_of_tile)
-    is_column_K, is_D = own_K < n_columns, own_D < WIDTH
-    dtype: tl.constexpr = tl.float32 if _IN_NUMPY else tl.bfloat16
-    sum_KD = tl.zeros((BLOCK_K, width_of_tile), tl.float32)
-    for start in range(0, n_rows, BLOCK_R):
-        row_R = start + tl.arange(0, BLOCK_R)
-        row64_R = row_R.to(tl.int64)
-        is_row_R = row_R < n_rows
-        dz_RK = dz_ptr + row64_R[:, None] * n_columns + own_K[None, :]
-        dz_RK = tl.load(dz_RK, mask=is_row_R[:, None] & is_column_K[None, :], other=0.0)
-        h_RD = h_ptr + row64_R[:, None] * WIDTH + own_D[None, :]
-        h_RD = tl.load(h_RD, mask=is_row_R[:, None] & is_D[None, :], other=0.0)
-        sum_KD = tl.dot(tl.trans(dz_RK.to(dtype)), h_RD.to(dtype), sum_KD)
-    sum_KC, second_KC = tl.split(tl.permute(tl.reshape(sum_KD, (BLOCK_K, 2, HALF)), (0, 2, 1)))
-
-    own_C = block * width_of_tile + tl.arange(0, HALF)
-    high_KC = high_ptr + own_K[:, None].to(tl.int64) * WIDTH + own_C[None, :]
-    width_of_low: tl.constexpr = (WIDTH + width_of_tile - 1) // width_of_tile * HALF
-    low_KC = (
-        low_ptr + own_K[:, None].to(tl.int64) * width_of_low + (block * HALF + tl.arange(0, HALF))[None, :]
-    )
-    is_first_KC = is_column_K[:, None] & (own_C < WIDTH)[None, :]
-    is_second_KC = is_column_K[:, None] & (own_C + HALF < WIDTH)[None, :]
-    pair_KC = tl.zeros((BLOCK_K, HALF), tl.uint8)
-    if not FIRST:
-        pair_KC = tl.load(low_KC, mask=is_first_KC, other=0)
-    first_KC = _add_to_20_bits(sum_KC, high_KC, pair_KC, is_first_KC, 0, FIRST, LAST)
-    second_KC = _add_to_20_bits(second_KC, high_KC + HALF, pair_KC, is_second_KC, 4, FIRST, LAST)
-    if not LAST:
-        tl.store(low_KC, (first_KC | (second_KC << 4)).to(tl.uint8), mask=is_first_KC)
-
-
 def _tiles(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
     """Configurations to try: columns and depth of a tile, warps, stages of the pipeline."""
     return [
@@ -419,17 +394,5 @@ _PRODUCT_TILES = _tiles(
 _KEY = ["WIDTH", "RANK", "BLOCK_R"]
 tuned_sums = triton.autotune(_PRODUCT_TILES, key=_KEY, cache_results=True)(sums_kernel)
 tuned_dz = triton.autotune(_PRODUCT_TILES, key=_KEY, cache_results=True)(dz_kernel)
-tuned_add_dw = triton.autotune(
-    [
-        # Few registers: a second program on the processor multiplies while the first adds.
-        triton.Config({"BLOCK_K": 128, "BLOCK_R": 64}, num_warps=8, num_stages=3, maxnreg=128),
-        triton.Config({"BLOCK_K": 128, "BLOCK_R": 64}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_K": 256, "BLOCK_R": 64}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_K": 64, "BLOCK_R": 64}, num_warps=4, num_stages=3),
-    ],
-    key=["WIDTH", "FIRST", "LAST"],
-    restore_value=["high_ptr", "low_ptr"],
-    cache_results=True,
-)(add_dw_kernel)
 """Which tiles are fastest depends on the chip: the first call tries them and remembers, on disk too, so that
 sums are added in the same order in the next run on this machine."""

@@ -28,8 +28,8 @@ PART = 2048
 """Tokens of the vocabulary that one program of `launch_sums` goes through; more where it keeps top lists."""
 TOKENS_PER_SLOT = 256
 """Of that part, for each slot of a top list, at least: lists are small beside what they are made from."""
-HALF = 64
-"""Columns of dw whose bits share bytes with those of as many others."""
+DEEPEST = 65534
+"""Of 16 bits, the largest number that is a depth; `_triton_kernels.py` has it as a constant of kernels."""
 LIST_ELEMENTS = 2048
 """Of the top lists of one tile's rows: they live in registers."""
 
@@ -74,16 +74,62 @@ def ready(logits: Logits, picks: Picks) -> Ready:
     )
 
 
-KEPT_TILES = {"sums": (1, 1024), "dz": (16, 256)}
-"""Rows and columns of a tile of logits that are read: what was fastest of ten shapes on an H200."""
+READ_TILES = {"sums": (1, 1024, 4), "dz": (16, 256, 4)}
+"""Rows, columns and warps of a tile that is read: what was fastest of ten shapes on an H200."""
+TILE_OF_NUMPY = {"BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_D": 32}
+"""In Triton's interpreter."""
+SPAN_NATS = 64.0
+"""How far below its tile's largest a logit is kept, in steps of 1e-3 nats; e^-64 is nothing beside 1."""
+
+
+class Kept(NamedTuple):
+    """A block's logits between its sums and its dz, which takes their place.
+
+    16 bits (for bf16, whose dz has as many): each logit's depth below the largest of its tile, to 5e-4 nats;
+    dz is rounded to 2^-9 of itself later. Else float32: h w^T + a b^T, as the library made it.
+    """
+
+    z_NV: Tensor
+    crest_CN: Tensor | None
+    """Of each tile of `per_crest()` columns, its largest logit; None with float32."""
+
+
+def keeps_16_bits(logits: Logits) -> bool:
+    """Whether 16 bits are enough: the gradient is rounded to bf16, and what lies deeper has no probability.
+
+    Not with a softcap: near it the slope is the small difference of 1 and the square of what was kept.
+    """
+    return logits.h_ND.dtype == torch.bfloat16 and logits.rule.softcap is None
+
+
+def per_crest() -> int:
+    """Columns that share a crest."""
+    return TILE_OF_NUMPY["BLOCK_K"] if kernels().INTERPRETED else min(PART, READ_TILES["sums"][1])
+
+
+def room_to_keep(logits: Logits, n_rows: int) -> Tensor:
+    """Memory for the logits of so many rows."""
+    dtype = torch.uint16 if keeps_16_bits(logits) else torch.float32
+    return logits.h_ND.new_empty(n_rows * len(logits.w_VD), dtype=dtype)
+
+
+def kept_in(room: Tensor, n_rows: int, vocabulary: int) -> Kept:
+    """Where a block's logits will be."""
+    z_NV = room[: n_rows * vocabulary].view(n_rows, vocabulary)
+    if room.dtype == torch.float32:
+        return Kept(z_NV, None)
+    return Kept(z_NV, room.new_empty(-(-vocabulary // per_crest()), n_rows, dtype=torch.float32))
 
 
 Tiles = Callable[[int], Iterator[tuple[slice, Tensor]]]
 """(multiple) -> columns, each beginning at a multiple of it, with their h w^T + a b^T in float32, [N, K]."""
 
 
-def launch_sums(made: Ready, asks: Asks, tiles: Tiles | None) -> Sums:
-    """The sums of all rows: of logits that come in `tiles`, or that the kernel makes in registers."""
+def launch_sums(made: Ready, asks: Asks, tiles: Tiles | None, kept: Kept | None = None) -> Sums:
+    """The sums of all rows: of logits that come in `tiles`, or that the kernel makes in registers.
+
+    `tiles` that are read may be kept in 16 bits.
+    """
     h_ND = made.logits.h_ND
     n_rows, vocabulary = len(h_ND), len(made.logits.w_VD)
     whole = slice(0, vocabulary)
@@ -98,7 +144,8 @@ def launch_sums(made: Ready, asks: Asks, tiles: Tiles | None) -> Sums:
     token_SNK = h_ND.new_empty(n_parts, n_rows, n_top, dtype=torch.int32)
     if n_rows:
         at_once = min(n_rows, LIST_ELEMENTS // n_slots)
-        kernel, blocks = _choice("sums", at_once, kept=tiles is not None)
+        kernel, blocks = _choice("sums", at_once, is_read=tiles is not None)
+        crest_CN = None if kept is None else kept.crest_CN
         for columns, y_NK in [(whole, None)] if tiles is None else tiles(part):
             n_columns = columns.stop - columns.start
             programs = functools.partial(_programs, n_rows, -(-n_columns // part))
@@ -111,11 +158,14 @@ def launch_sums(made: Ready, asks: Asks, tiles: Tiles | None) -> Sums:
                 count_ptr=counts_FSN,
                 list_ptr=list_SNK,
                 list_token_ptr=token_SNK,
+                kept_ptr=None if kept is None or crest_CN is None else kept.z_NV,
+                crest_ptr=crest_CN,
                 vocabulary=vocabulary,
                 part=part,
                 first_part=columns.start // part,
                 n_columns=n_columns,
                 first_token=asks.first_token,
+                per_nat=DEEPEST / SPAN_NATS,
                 ENTROPY=asks.entropy,
                 SUM_SQ=asks.sum_sq,
                 MEAN=asks.mean_logit,
@@ -173,12 +223,30 @@ def _merged_lists(list_SNK: Tensor, token_SNK: Tensor) -> tuple[Tensor, Tensor]:
 def launch_dz(made: Ready, slopes: Slopes, columns: slice, y_NK: Tensor | None) -> Tensor:
     """The gradient of some columns' h w^T + bias: bf16 for bf16 inputs, else float32.
 
-    Of logits that are given (h w^T + a b^T of these columns, float32), or that the kernel makes.
+    Of products that are given (h w^T + a b^T of these columns, float32), or that the kernel makes.
     """
     h_ND = made.logits.h_ND
-    n_rows, n_columns = len(h_ND), columns.stop - columns.start
-    dz_NK = h_ND.new_empty(n_rows, n_columns, dtype=dz_dtype(h_ND.dtype))
-    kernel, blocks = _choice("dz", n_rows, kept=y_NK is not None)
+    dz_NK = h_ND.new_empty(len(h_ND), columns.stop - columns.start, dtype=dz_dtype(h_ND.dtype))
+    _launch_dz(made, slopes, columns, dz_NK, y_NK)
+    return dz_NK
+
+
+def launch_dz_in_place(made: Ready, slopes: Slopes, kept: Kept) -> Tensor:
+    """The same of a block's kept logits, [N, V], where they were."""
+    whole = slice(0, len(made.logits.w_VD))
+    if kept.crest_CN is None:
+        _launch_dz(made, slopes, whole, kept.z_NV, kept.z_NV)
+        return kept.z_NV
+    dz_NV = kept.z_NV.view(torch.bfloat16)
+    _launch_dz(made, slopes, whole, dz_NV, None, kept)
+    return dz_NV
+
+
+def _launch_dz(
+    made: Ready, slopes: Slopes, columns: slice, dz_NK: Tensor, y_NK: Tensor | None, kept: Kept | None = None
+) -> None:
+    n_rows, n_columns = dz_NK.shape
+    kernel, blocks = _choice("dz", n_rows, is_read=y_NK is not None or kept is not None)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (-(-n_rows // meta["BLOCK_R"]) * -(-n_columns // meta["BLOCK_K"]),)
@@ -191,45 +259,15 @@ def launch_dz(made: Ready, slopes: Slopes, columns: slice, y_NK: Tensor | None) 
         slope_c_ptr=_contiguous(slopes.c_N),
         slope_d_ptr=_contiguous(slopes.d_N),
         pick_slope_ptr=slopes.pick_P.contiguous(),
+        kept_ptr=None if kept is None else kept.z_NV,
+        crest_ptr=None if kept is None else kept.crest_CN,
         dz_ptr=dz_NK,
         n_columns=n_columns,
         first_column=columns.start,
+        step=SPAN_NATS / DEEPEST,
+        PER_CREST=per_crest(),
         **blocks,
     )
-    return dz_NK
-
-
-def launch_add_dw(
-    dz_NK: Tensor, h_ND: Tensor, high_KD: Tensor, low_KC: Tensor, *, first: bool, last: bool
-) -> None:
-    """dw += dz^T h, where the upper 16 bits of dw are bf16 and the next 4 lie in `low_KC`.
-
-    Of each 2 * HALF columns of dw, the bytes of `low_KC` have a column of the first half in their lower bits
-    and the same column of the second half in their upper.
-    """
-    n_columns, width = high_KD.shape
-    kernel, blocks = kernels().tuned_add_dw, {}
-    if kernels().INTERPRETED:
-        kernel, blocks = kernels().add_dw_kernel, {"BLOCK_R": 32, "BLOCK_K": 64}
-    n_blocks = -(-width // (2 * HALF))
-    kernel[lambda meta: (-(-n_columns // meta["BLOCK_K"]) * n_blocks,)](
-        dz_ptr=dz_NK,
-        h_ptr=h_ND,
-        high_ptr=high_KD,
-        low_ptr=low_KC,
-        n_rows=len(h_ND),
-        n_columns=n_columns,
-        FIRST=first,
-        LAST=last,
-        WIDTH=width,
-        HALF=HALF,
-        **blocks,
-    )
-
-
-def low_columns(width: int) -> int:
-    """How many bytes lie beside a row of dw."""
-    return -(-width // (2 * HALF)) * HALF
 
 
 def dz_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -246,13 +284,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _choice(name: str, n_rows: int, *, kept: bool) -> tuple[Any, dict[str, int]]:
+def _choice(name: str, n_rows: int, *, is_read: bool) -> tuple[Any, dict[str, int]]:
     """A kernel and its block sizes, but for those it tunes itself."""
     if kernels().INTERPRETED:
-        return getattr(kernels(), f"{name}_kernel"), {"BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_D": 32}
-    if kept:
-        rows, columns = KEPT_TILES[name]
-        return getattr(kernels(), f"{name}_kernel"), {"BLOCK_R": rows, "BLOCK_K": columns, "BLOCK_D": 16}
+        return getattr(kernels(), f"{name}_kernel"), TILE_OF_NUMPY
+    if is_read:
+        rows, columns, warps = READ_TILES[name]
+        blocks = {"BLOCK_R": rows, "BLOCK_K": min(columns, per_crest()), "BLOCK_D": 16, "num_warps": warps}
+        return getattr(kernels(), f"{name}_kernel"), blocks
     return getattr(kernels(), f"tuned_{name}"), {"BLOCK_R": min(128, power_of_2(n_rows, 16))}
 
 
