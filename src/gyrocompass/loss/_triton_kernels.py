@@ -391,8 +391,20 @@ _PRODUCT_TILES = _tiles(
     (256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 3), (128, 32, 4, 4), (64, 128, 4, 3),
     (64, 64, 4, 4), (64, 32, 4, 2),
 )  # fmt: skip
-_KEY = ["WIDTH", "RANK", "BLOCK_R"]
-tuned_sums = triton.autotune(_PRODUCT_TILES, key=_KEY, cache_results=True)(sums_kernel)
-tuned_dz = triton.autotune(_PRODUCT_TILES, key=_KEY, cache_results=True)(dz_kernel)
+
+
+def _worth_compiling(configs, arguments, **_):
+    """Of float32 the shallow tiles: its products are unrolled, a deep one takes ten seconds to compile."""
+    is_wide = arguments["h_ptr"].dtype.itemsize > 2
+    return [config for config in configs if config.kwargs["BLOCK_D"] == 32] if is_wide else configs
+
+
+_tuned = triton.autotune(
+    _PRODUCT_TILES,
+    key=["WIDTH", "RANK", "BLOCK_R"],
+    prune_configs_by={"early_config_prune": _worth_compiling},
+    cache_results=True,
+)
+tuned_sums, tuned_dz = _tuned(sums_kernel), _tuned(dz_kernel)
 """Which tiles are fastest depends on the chip: the first call tries them and remembers, on disk too, so that
 sums are added in the same order in the next run on this machine."""
