@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from gyrocompass.core.errors import BadInput
 from gyrocompass.loss import _support
+from gyrocompass.loss.divergence import KINDS, Head, TopK, divergence
 from gyrocompass.loss.logprob import WANTS, token_logprobs
 from gyrocompass.loss.signal import IGNORE_INDEX, TokenLogProbs
 from processes import run_together
@@ -205,6 +206,48 @@ def assert_same_on_all_ranks(name: str, *tensors: Tensor) -> None:
         assert all(torch.equal(other, others[0]) for other in others), name
 
 
+def check_divergences(mesh: DeviceMesh) -> None:
+    """Of every kind, with a teacher that learns too and with one of which the likeliest tokens are known."""
+
+    def head(given: Given, **rule: float) -> Head:
+        assert given.a_TR is not None and given.b_VR is not None
+        return Head(given.h_TD, given.w_VD, given.bias_V, (given.a_TR, given.b_VR), **rule)
+
+    mask_T, outside = torch.arange(T) % 4 != 1, slice(9, 13)
+    for kind in KINDS:
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+            found, leaves = [], []
+            for place in (lambda given: given, lambda given: cut(given, mesh)):
+                student = leaves_of(place(padded(make(dtype), outside)))
+                teacher = leaves_of(place(padded(make(dtype, seed=1), outside)))
+                two = head(student, softcap=3.0), head(teacher, temperature=0.7)
+                found_T = divergence(*two, kind, beta=0.3, mask_T=mask_T)
+                (found_T * torch.cos(torch.arange(T))).sum().backward()
+                found.append(found_T)
+                leaves.append([part.grad for given in (student, teacher) for part in given[:5]])
+            gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in leaves[1]]
+            torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(gradients, leaves[0], rtol=tolerance, atol=10 * tolerance)
+            assert_same_on_all_ranks(kind, found[1], gradients[0], gradients[5])
+        token_TK = torch.stack(
+            [torch.randperm(V, generator=torch.Generator().manual_seed(t))[:4] for t in range(T)]
+        )
+        top = TopK(token_TK, torch.full((T, 4), 0.2, dtype=torch.float64).log())
+        torch.testing.assert_close(
+            divergence(head(cut(make(), mesh)), top, kind), divergence(head(make()), top, kind)
+        )
+    whole, parts = make(), cut(make(), mesh)
+    mistakes = {
+        "not cut over the same ranks": (head(parts), head(whole)),
+        "one is a DTensor": (head(parts._replace(bias_V=whole.bias_V)), head(parts)),
+        "only the head may be cut": (head(parts), head(parts)._replace(h_TD=parts.w_VD)),
+    }
+    for message, two in mistakes.items():
+        with pytest.raises(BadInput, match=message):
+            divergence(*two)
+        dist.barrier()
+
+
 def check_frozen(mesh: DeviceMesh) -> None:
     """Only some gradients are wanted."""
     given = make()
@@ -299,7 +342,9 @@ def values_of_a_rank(rank: int, ranks: int, folder: str) -> None:
     with group_of(rank, ranks, folder) as mesh:
         for name, (given, options) in cases().items():
             check_case(name, given, options, mesh)
+        check_divergences(mesh)
         with tile_sizes(4, 30):
+            check_divergences(mesh)
             check_case("small tiles", *cases()["everything"], mesh)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(_support, "FEW", 4)

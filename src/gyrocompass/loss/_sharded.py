@@ -18,13 +18,52 @@ Shape legend: N rows, K tokens of a top list.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor, Shard
 
+from gyrocompass.core.errors import BadInput
 from gyrocompass.loss._question import Asks, Backend, Gradients, Logits, Needs, Picks, Slopes, SlopesOf, Sums
+
+
+class Part(NamedTuple):
+    """This rank's part of the head; the whole of it without a group."""
+
+    w_VD: Tensor
+    group: str
+    first_token: int
+
+
+def part_of_head(w_VD: Tensor) -> Part:
+    """What this rank holds of the head, and where it begins."""
+    if not isinstance(w_VD, DTensor):
+        return Part(w_VD, "", 0)
+    mesh = w_VD.device_mesh
+    if mesh.ndim != 1 or w_VD.placements != (Shard(0),):
+        raise BadInput(
+            f"a head as a DTensor has to be sharded along the vocabulary on a mesh of one dimension, not"
+            f" {w_VD.placements} on {mesh.ndim}",
+            fix="redistribute it to [Shard(0)]",
+        )
+    sizes = [len(part) for part in torch.arange(w_VD.shape[0]).chunk(mesh.size())]
+    if len(sizes) < mesh.size():
+        raise BadInput(f"{w_VD.shape[0]} rows of the head leave some of {mesh.size()} ranks without any")
+    return Part(w_VD.to_local(), mesh.get_group().group_name, sum(sizes[: mesh.get_local_rank()]))
+
+
+def local_part(name: str, tensor: Tensor | None, w_VD: Tensor) -> Tensor | None:
+    """This rank's part of what has to be cut as the head's weight is."""
+    if tensor is None or not (isinstance(tensor, DTensor) or isinstance(w_VD, DTensor)):
+        return tensor
+    if not isinstance(tensor, DTensor) or not isinstance(w_VD, DTensor):
+        raise BadInput(f"of {name} and w_VD one is a DTensor and one is not")
+    if (tensor.device_mesh, tensor.placements) != (w_VD.device_mesh, w_VD.placements):
+        raise BadInput(f"{name} is placed as {tensor.placements}, w_VD as {w_VD.placements}")
+    return tensor.to_local()
 
 
 class Sharded:
@@ -40,12 +79,12 @@ class Sharded:
 
     def total(self, share: Tensor) -> Tensor:
         """The sum over ranks."""
-        wide = torch.promote_types(share.dtype, torch.float32) if share.is_floating_point() else share.dtype
-        total = share.to(wide, copy=True, memory_format=torch.contiguous_format)
+        total = _wide(share)
         if self.in_order:
             first, *others = self._gathered(total)
-            return functools.reduce(torch.add, others, first).to(share.dtype)
-        dist.all_reduce(total, group=self.group)
+            total = functools.reduce(torch.add, others, first)
+        else:
+            dist.all_reduce(total, group=self.group)
         return total.to(share.dtype)
 
     def sums(self, logits: Logits, picks: Picks, asks: Asks) -> Sums:
@@ -129,6 +168,21 @@ class Sharded:
     def prefers_fused(self, logits: Logits, needs: Needs) -> bool:
         """No: every block would wait for all ranks."""
         return False
+
+
+def _wide(share: Tensor) -> Tensor:
+    """A copy to be summed in: float32 at least."""
+    wide = torch.promote_types(share.dtype, torch.float32) if share.is_floating_point() else share.dtype
+    return share.to(wide, copy=True, memory_format=torch.contiguous_format)
+
+
+def over_ranks(share: Tensor, group: str) -> Tensor:
+    """The sum over the ranks of a group; without a group what is given."""
+    if not group:
+        return share
+    total = _wide(share)
+    dist.all_reduce(total, group=_resolve_process_group(group))  # type: ignore[arg-type]
+    return total.to(share.dtype)
 
 
 def on_any_rank(flag: bool, group: str, device: torch.device) -> bool:

@@ -20,6 +20,9 @@ Between products a tile is worked off in pieces that stay in a core's cache. Tha
 size forward, and 2 backward, and 2 for each head that wants gradients. (To keep some rows' logits of both
 heads would save 2 of them, for smaller products.)
 
+Heads that are cut over ranks are cut at the same tokens: normalisers, terms and rates are sums over ranks,
+and so are the gradients of hidden states.
+
 Shape legend: N counted positions, D hidden width (of each head its own), V vocabulary; a tile is R rows by K
 vocabulary.
 """
@@ -34,7 +37,8 @@ from torch import Tensor
 
 from gyrocompass.loss._backends import backend_for
 from gyrocompass.loss._chunked import _Totals
-from gyrocompass.loss._question import Asks, LogitRule, Logits, Needs, Picks
+from gyrocompass.loss._question import Asks, Backend, Gradients, LogitRule, Logits, Needs, Picks
+from gyrocompass.loss._sharded import Sharded, over_ranks
 from gyrocompass.loss._tiles import Tiles
 from gyrocompass.loss.signal import Kind
 
@@ -132,16 +136,24 @@ def _no_picks(logits: Logits) -> Picks:
     return Picks(nothing, nothing)
 
 
-def _scale(logits: Logits) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, and log sum exp(z - largest)."""
-    sums = backend_for(logits).sums(logits, _no_picks(logits), Asks())
+def _scale(logits: Logits, group: str) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, and log sum exp(z - largest), of all ranks."""
+    backend: Backend = backend_for(logits)
+    if group:
+        backend = Sharded(backend, group)
+    sums = backend.sums(logits, _no_picks(logits), Asks())
     return sums.top_N, sums.exp_N.log()
 
 
-def between_heads(student: Logits, teacher: Logits, measure: Measure, dtype: torch.dtype) -> Tensor:
-    """The divergence of each row, [N] in a dtype; differentiable."""
+def between_heads(
+    student: Logits, teacher: Logits, measure: Measure, dtype: torch.dtype, group: str = ""
+) -> Tensor:
+    """The divergence of each row, [N] in a dtype; differentiable.
+
+    With a process group both heads are this rank's part of their vocabulary.
+    """
     rules = [student.rule, teacher.rule]
-    found_N: Tensor = _Divergence.apply(measure, rules, dtype, *student[:5], *teacher[:5])  # type: ignore[no-untyped-call]
+    found_N: Tensor = _Divergence.apply(measure, rules, dtype, group, *student[:5], *teacher[:5])  # type: ignore[no-untyped-call]
     return found_N
 
 
@@ -158,10 +170,15 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, measure: Measure, rules: list[LogitRule], dtype: torch.dtype, *tensors: Tensor | None
+        ctx: Any,
+        measure: Measure,
+        rules: list[LogitRule],
+        dtype: torch.dtype,
+        group: str,
+        *tensors: Tensor | None,
     ) -> Tensor:
         heads = _heads(tensors, rules)
-        scales = [_scale(head) for head in heads]
+        scales = [_scale(head, group) for head in heads]
         pair = _Pair(heads, scales, dtype)
         found_N = heads[0].h_ND.new_zeros(len(heads[0].h_ND), dtype=dtype)
         rate_sums = [torch.zeros_like(found_N) for _ in heads]
@@ -172,15 +189,16 @@ class _Divergence(torch.autograd.Function):
                     for sum_N, rate in zip(rate_sums, rates, strict=True):
                         sum_N[piece.rows] += rate.sum(dim=1)
                     found_N[piece.rows] += rates[0].add_(rates[1]).sum(dim=1)
-        ctx.measure, ctx.rules, ctx.dtype = measure, rules, dtype
+        found_N, *rate_sums = over_ranks(torch.stack([found_N, *rate_sums]), group).unbind()
+        ctx.measure, ctx.rules, ctx.dtype, ctx.group = measure, rules, dtype, group
         ctx.save_for_backward(*tensors, *scales[0], *scales[1], *rate_sums)
-        return found_N.clamp_(min=0.0)
+        return found_N.clamp(min=0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Any, ...]:
         tensors, rest = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
         scales, rate_sums = [(rest[0], rest[1]), (rest[2], rest[3])], rest[4:]
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         heads = _heads(tensors, ctx.rules)
         with torch.no_grad(), torch.autocast(gradient_N.device.type, enabled=False):
             pair = _Pair(heads, scales, ctx.dtype)
@@ -191,9 +209,20 @@ class _Divergence(torch.autograd.Function):
             back = _Back(pair, ctx.measure, gradient_N, rate_sums, totals)
             for columns in pair.columns:
                 back.add(columns)
-        found = [part for total in totals for part in (total.rounded() if total else [None] * 5)]
+            found = [part for total in totals for part in _joined(total, ctx.group)]
         wanted = (part if need else None for part, need in zip(found, needs, strict=True))
-        return None, None, None, *(None if part is None else first_only(part) for part in wanted)
+        return None, None, None, None, *(None if part is None else first_only(part) for part in wanted)
+
+
+def _joined(total: _Totals | None, group: str) -> Gradients:
+    """A head's gradients: those of its rows are this rank's, those of hidden states sums over ranks."""
+    if total is None:
+        return Gradients(None, None, None, None, None)
+    own = total.rounded()
+    return own._replace(
+        dh_ND=None if own.dh_ND is None else over_ranks(own.dh_ND, group),
+        da_NR=None if own.da_NR is None else over_ranks(own.da_NR, group),
+    )
 
 
 def _totals(head: Logits, needs: tuple[bool, ...]) -> _Totals:

@@ -11,7 +11,9 @@ Two heads are compared tile by tile (`_two_heads.py`), the teacher with or witho
 A teacher of which only the k likeliest tokens are known is compared on k + 1 outcomes: these tokens, and all
 others together. The divergence of outcomes put together is never above that of all tokens.
 
-Left out: heads cut over ranks, top-k and top-p supports, derivatives above the first (also of `top_k`'s
+Heads may be cut over ranks along the vocabulary (`logprob.py` says how), both on the same mesh.
+
+Left out: top-k and top-p supports, derivatives above the first (also of `top_k`'s
 log-probabilities, which are constants), sequence-level divergences, and any mean (`reduce.py` has it).
 
 Shape legend: T positions, N counted positions, D hidden width (of each head its own), V vocabulary, R rank of
@@ -29,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.loss._question import LogitRule, Logits
+from gyrocompass.loss._sharded import local_part, part_of_head
 from gyrocompass.loss._two_heads import KINDS, Measure, between_heads, first_only
 from gyrocompass.loss.logprob import token_logprobs
 from gyrocompass.loss.signal import Kind
@@ -107,8 +110,9 @@ def divergence(
                 _rows_of_head(student, kept_N), _rows_of_top(teacher, kept_N), measure, dtype
             )
         else:
-            of_student, of_teacher = (_logits(_rows_of_head(head, kept_N)) for head in (student, teacher))
-            found_N = between_heads(of_student, of_teacher, measure, dtype)
+            heads, group = _own_parts(student, teacher)
+            of_student, of_teacher = (_logits(_rows_of_head(head, kept_N)) for head in heads)
+            found_N = between_heads(of_student, of_teacher, measure, dtype, group)
     return found_N if kept_N is None else found_N.new_zeros(n_tokens).index_copy(0, kept_N, found_N)
 
 
@@ -123,6 +127,25 @@ def _rows_of_head(head: Head, kept_N: Tensor | None) -> Head:
 
 def _rows_of_top(top: TopK, kept_N: Tensor | None) -> TopK:
     return TopK(_rows(top.token_TK, kept_N), _rows(top.logprob_TK.detach(), kept_N))
+
+
+def _own_parts(student: Head, teacher: Head) -> tuple[list[Head], str]:
+    """What this rank holds of both, and the group over whose ranks they are cut; "" if they are whole."""
+    parts, heads = [part_of_head(head.w_VD) for head in (student, teacher)], []
+    if parts[0].group != parts[1].group:
+        raise BadInput(
+            "the student's and the teacher's heads are not cut over the same ranks",
+            fix="shard both along the vocabulary on one mesh, or neither",
+        )
+    for head, part in zip((student, teacher), parts, strict=True):
+        low_rank = head.low_rank
+        if low_rank is not None:
+            b_VR = local_part("low_rank[1]", low_rank[1], head.w_VD)
+            assert b_VR is not None
+            low_rank = low_rank[0], b_VR
+        bias_V = local_part("bias_V", head.bias_V, head.w_VD)
+        heads.append(head._replace(w_VD=part.w_VD, bias_V=bias_V, low_rank=low_rank))
+    return heads, parts[0].group
 
 
 def _logits(head: Head) -> Logits:
@@ -177,8 +200,8 @@ def _check(student: Head, teacher: Head | TopK, kind: str, beta: float, mask_T: 
 def _check_head(name: str, head: Head) -> None:
     """Raise BadInput unless a head's tensors fit and its numbers are in their ranges."""
     h_TD, w_VD, bias_V, low_rank, softcap, logit_scale, temperature = head
-    if isinstance(w_VD, DTensor):
-        raise BadInput(f"the {name}'s head is cut over ranks, which divergences do not take")
+    if any(isinstance(part, DTensor) for part in (h_TD, *(low_rank or ())[:1])):
+        raise BadInput(f"of the {name} only the head may be cut over ranks", fix="give the rest whole")
     if h_TD.dim() != 2 or w_VD.dim() != 2 or h_TD.shape[1] != w_VD.shape[1]:
         shapes = f"h_TD {list(h_TD.shape)} and w_VD {list(w_VD.shape)}"
         raise BadInput(f"the {name}'s {shapes} do not fit", fix="give [T, D] and [V, D]")

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from gyrocompass.core.errors import BadInput, did_you_mean
 from gyrocompass.loss._backends import BACKENDS
@@ -29,7 +29,7 @@ from gyrocompass.loss._expected import expected
 from gyrocompass.loss._functional import check_no_tangent, functional_forward, under_transform
 from gyrocompass.loss._ops import Call, Inputs, Settings, token_logprobs_op
 from gyrocompass.loss._reference import reference
-from gyrocompass.loss._sharded import on_any_rank
+from gyrocompass.loss._sharded import local_part, on_any_rank, part_of_head
 from gyrocompass.loss.signal import IGNORE_INDEX, Expect, TokenLogProbs
 
 Want = Literal["entropy", "mean_logit", "sum_sq", "rank"]
@@ -115,9 +115,9 @@ def token_logprobs(
     >>> [round(value, 4) for value in signal.logprob_T.tolist()]     # -log 8
     [-2.0794, 0.0, -2.0794]
     """
-    shard = _local_shard(w_VD)
+    shard = part_of_head(w_VD)
     a_TR, b_VR = _pair(low_rank)
-    bias_V, b_VR = _local("bias_V", bias_V, w_VD), _local("low_rank[1]", b_VR, w_VD)
+    bias_V, b_VR = local_part("bias_V", bias_V, w_VD), local_part("low_rank[1]", b_VR, w_VD)
     w_VD = shard.w_VD
     inputs = Inputs(h_TD, w_VD, bias_V, a_TR, b_VR, target_T, candidate_TC, seed_T)
     _check_tensors(inputs)
@@ -158,31 +158,6 @@ def _by_reference(inputs: Inputs, settings: Settings) -> TokenLogProbs:
     return TokenLogProbs(*(None if field is None else call.spread(field) for field in answer))  # type: ignore[arg-type]
 
 
-class _Part(NamedTuple):
-    """This rank's part of the head; the whole of it without a group."""
-
-    w_VD: Tensor
-    group: str
-    first_token: int
-
-
-def _local_shard(w_VD: Tensor) -> _Part:
-    """What this rank holds of the head, and where it begins."""
-    if not isinstance(w_VD, DTensor):
-        return _Part(w_VD, "", 0)
-    mesh = w_VD.device_mesh
-    if mesh.ndim != 1 or w_VD.placements != (Shard(0),):
-        raise BadInput(
-            f"a head as a DTensor has to be sharded along the vocabulary on a mesh of one dimension, not"
-            f" {w_VD.placements} on {mesh.ndim}",
-            fix="redistribute it to [Shard(0)]",
-        )
-    sizes = [len(part) for part in torch.arange(w_VD.shape[0]).chunk(mesh.size())]
-    if len(sizes) < mesh.size():
-        raise BadInput(f"{w_VD.shape[0]} rows of the head leave some of {mesh.size()} ranks without any")
-    return _Part(w_VD.to_local(), mesh.get_group().group_name, sum(sizes[: mesh.get_local_rank()]))
-
-
 def _pair(low_rank: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     """Both factors, or neither."""
     if low_rank is None:
@@ -197,17 +172,6 @@ def _pair(low_rank: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor
         raise BadInput(f"low_rank is {given}, not a pair of tensors", fix="give a [T, R] and b [V, R]")
     a_TR, b_VR = low_rank
     return a_TR, b_VR
-
-
-def _local(name: str, tensor: Tensor | None, w_VD: Tensor) -> Tensor | None:
-    """This rank's part of what has to be cut as the head's weight is."""
-    if tensor is None or not (isinstance(tensor, DTensor) or isinstance(w_VD, DTensor)):
-        return tensor
-    if not isinstance(tensor, DTensor) or not isinstance(w_VD, DTensor):
-        raise BadInput(f"of {name} and w_VD one is a DTensor and one is not")
-    if (tensor.device_mesh, tensor.placements) != (w_VD.device_mesh, w_VD.placements):
-        raise BadInput(f"{name} is placed as {tensor.placements}, w_VD as {w_VD.placements}")
-    return tensor.to_local()
 
 
 def _check_tensors(inputs: Inputs) -> None:
