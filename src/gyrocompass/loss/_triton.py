@@ -128,7 +128,7 @@ class TritonBackend:
     def fused(
         self, logits: Logits, picks: Picks, asks: Asks, slopes_of: SlopesOf, needs: Needs
     ) -> tuple[Sums, Gradients]:
-        """Blocks of rows whose float32 logits are kept between the two passes."""
+        """Blocks of rows whose logits are kept between the two passes."""
         with _on_device(logits.h_ND):
             found, sums = _Found(logits, needs), []
             blocks = list(_row_blocks(logits, picks, _rows_kept(logits)))
@@ -161,8 +161,8 @@ class TritonBackend:
         """Where a product saved costs more than writing and reading its logits, and dw is added to seldom.
 
         An estimate from published bandwidths and rates, not a measurement: 2 D operations of a product at
-        600 Tflop/s against 8 bytes at 3 TB/s; and one addition to dw moves as many bytes as a product over
-        some 500 rows takes time.
+        600 Tflop/s against some 8 bytes at 3 TB/s; and one addition to dw moves as many bytes as a product
+        over some 500 rows takes time. Rounded sums of too many blocks would be too far off.
         """
         n_rows, n_kept = len(logits.h_ND), _rows_kept(logits)
         is_rounded = logits.h_ND.dtype == torch.bfloat16
