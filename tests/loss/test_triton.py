@@ -413,19 +413,25 @@ SIZES = {
     "w_step": 1,
 }
 FLAGS = {"ENTROPY": True, "SUM_SQ": True, "MEAN": True, "N_TOP": 5}
+NOT_READ, NOT_KEPT = {"y_ptr": None, "y_stride": 0}, {"kept_ptr": None, "crest_ptr": None}
+MADE = NOT_READ | NOT_KEPT
+"""Arguments that are absent where products are made in the kernel, and nothing is kept."""
 
 
 @compiles
-@pytest.mark.parametrize(("capability", "kept"), [(80, False), (90, False), (90, True)])
+@pytest.mark.parametrize(
+    ("capability", "absent"), [(80, MADE), (90, MADE), (90, NOT_KEPT), (90, NOT_READ), (90, {})]
+)
 @pytest.mark.parametrize("kernel", ["sums_kernel", "dz_kernel"])
-def test_compiles_with_everything_asked(kernel: str, capability: int, kept: bool) -> None:
+def test_compiles_with_everything_asked(kernel: str, capability: int, absent: dict[str, Any]) -> None:
+    """Logits that are made, read, or read and kept (kept ones are what dz reads)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from gyrocompass.loss import _triton_kernels
 
     function = getattr(_triton_kernels, kernel)
-    fixed = SIZES | FLAGS | ({} if kept else {"y_ptr": None, "y_stride": 0})
+    fixed = SIZES | FLAGS | absent
     signature, constants = {}, {}
     for place, name in enumerate(function.arg_names):
         if name in fixed:

@@ -18,6 +18,7 @@ Shape legend: N rows, K tokens of a top list.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,13 +80,10 @@ class Sharded:
 
     def total(self, share: Tensor) -> Tensor:
         """The sum over ranks."""
-        total = _wide(share)
-        if self.in_order:
-            first, *others = self._gathered(total)
-            total = functools.reduce(torch.add, others, first)
-        else:
-            dist.all_reduce(total, group=self.group)
-        return total.to(share.dtype)
+        if not self.in_order:
+            return _summed(share, self.group)
+        first, *others = self._gathered(_wide(share))
+        return functools.reduce(torch.add, others, first).to(share.dtype)
 
     def sums(self, logits: Logits, picks: Picks, asks: Asks) -> Sums:
         """This rank's sums, joined with the others'."""
@@ -153,11 +151,7 @@ class Sharded:
 
     def gradients(self, logits: Logits, picks: Picks, slopes: Slopes, needs: Needs) -> Gradients:
         """The gradients of this rank's rows of the head; of hidden states, the sum over ranks."""
-        own = self.backend.gradients(logits, picks, slopes, needs)
-        return own._replace(
-            dh_ND=None if own.dh_ND is None else self.total(own.dh_ND),
-            da_NR=None if own.da_NR is None else self.total(own.da_NR),
-        )
+        return with_totals(self.backend.gradients(logits, picks, slopes, needs), self.total)
 
     def fused(
         self, logits: Logits, picks: Picks, asks: Asks, slopes_of: SlopesOf, needs: Needs
@@ -176,13 +170,23 @@ def _wide(share: Tensor) -> Tensor:
     return share.to(wide, copy=True, memory_format=torch.contiguous_format)
 
 
+def _summed(share: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = _wide(share)
+    dist.all_reduce(total, group=group)
+    return total.to(share.dtype)
+
+
 def over_ranks(share: Tensor, group: str) -> Tensor:
     """The sum over the ranks of a group; without a group what is given."""
-    if not group:
-        return share
-    total = _wide(share)
-    dist.all_reduce(total, group=_resolve_process_group(group))  # type: ignore[arg-type]
-    return total.to(share.dtype)
+    return _summed(share, _resolve_process_group(group)) if group else share  # type: ignore[arg-type]
+
+
+def with_totals(own: Gradients, total: Callable[[Tensor], Tensor]) -> Gradients:
+    """This rank's gradients; those of hidden states, which all ranks have, as their sum over ranks."""
+    return own._replace(
+        dh_ND=None if own.dh_ND is None else total(own.dh_ND),
+        da_NR=None if own.da_NR is None else total(own.da_NR),
+    )
 
 
 def on_any_rank(flag: bool, group: str, device: torch.device) -> bool:

@@ -36,8 +36,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 GROUP = tl.constexpr(16)
 """Blocks of rows that go through the vocabulary together."""
-DEEPEST, OUTSIDE = tl.constexpr(65534), tl.constexpr(65535)
-"""Kept logits are depths below a tile's crest, as whole numbers of 16 bits; one of them says: not allowed."""
+DEEPEST: int = (1 << 16) - 2
+"""Kept logits are depths below a tile's crest, whole numbers of 16 bits up to this; one more: not allowed."""
+_DEEPEST, _OUTSIDE = tl.constexpr(DEEPEST), tl.constexpr(DEEPEST + 1)
 
 
 @triton.jit
@@ -167,8 +168,8 @@ def _keep(kept_ptr, crest_ptr, z_RK, allowed_RK, crest_R, own_R, is_row_R, token
           per_nat, BLOCK_K: tl.constexpr):  # fmt: skip
     """Write a tile of logits as depths below its crest, `per_nat` of them a nat, and the crest."""
     depth_RK = (crest_R[:, None] - z_RK) * per_nat + 0.5
-    depth_RK = tl.where(depth_RK < DEEPEST, depth_RK, 0.0 + DEEPEST)
-    depth_RK = tl.where(allowed_RK, depth_RK, 0.0 + OUTSIDE)
+    depth_RK = tl.where(depth_RK < _DEEPEST, depth_RK, 0.0 + _DEEPEST)
+    depth_RK = tl.where(allowed_RK, depth_RK, 0.0 + _OUTSIDE)
     place_RK = own_R[:, None].to(tl.int64) * vocabulary + token_K[None, :]
     inside_RK = is_row_R[:, None] & (token_K < end)[None, :]
     tl.store(kept_ptr + place_RK, depth_RK.to(tl.uint16), mask=inside_RK)
@@ -180,10 +181,10 @@ def _keep(kept_ptr, crest_ptr, z_RK, allowed_RK, crest_R, own_R, is_row_R, token
 def _kept(kept_ptr, crest_ptr, row_R, own_K, n_columns, n_rows, step, PER_CREST: tl.constexpr):
     """What `_keep` wrote: logits, and which are allowed. A tile has one crest."""
     place_RK = kept_ptr + row_R[:, None].to(tl.int64) * n_columns + own_K[None, :]
-    depth_RK = tl.load(place_RK, mask=(own_K < n_columns)[None, :], other=OUTSIDE).to(tl.int32)
+    depth_RK = tl.load(place_RK, mask=(own_K < n_columns)[None, :], other=_OUTSIDE).to(tl.int32)
     tile = tl.min(own_K, axis=0) // PER_CREST
     crest_R = tl.load(crest_ptr + tile.to(tl.int64) * n_rows + row_R)
-    return crest_R[:, None] - depth_RK.to(tl.float32) * step, depth_RK != OUTSIDE
+    return crest_R[:, None] - depth_RK.to(tl.float32) * step, depth_RK != _OUTSIDE
 
 
 @triton.jit

@@ -28,8 +28,6 @@ PART = 2048
 """Tokens of the vocabulary that one program of `launch_sums` goes through; more where it keeps top lists."""
 TOKENS_PER_SLOT = 256
 """Of that part, for each slot of a top list, at least: lists are small beside what they are made from."""
-DEEPEST = 65534
-"""Of 16 bits, the largest number that is a depth; `_triton_kernels.py` has it as a constant of kernels."""
 LIST_ELEMENTS = 2048
 """Of the top lists of one tile's rows: they live in registers."""
 
@@ -165,7 +163,7 @@ def launch_sums(made: Ready, asks: Asks, tiles: Tiles | None, kept: Kept | None 
                 first_part=columns.start // part,
                 n_columns=n_columns,
                 first_token=asks.first_token,
-                per_nat=DEEPEST / SPAN_NATS,
+                per_nat=kernels().DEEPEST / SPAN_NATS,
                 ENTROPY=asks.entropy,
                 SUM_SQ=asks.sum_sq,
                 MEAN=asks.mean_logit,
@@ -264,7 +262,7 @@ def _launch_dz(
         dz_ptr=dz_NK,
         n_columns=n_columns,
         first_column=columns.start,
-        step=SPAN_NATS / DEEPEST,
+        step=SPAN_NATS / kernels().DEEPEST,
         PER_CREST=per_crest(),
         **blocks,
     )

@@ -29,6 +29,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
@@ -38,7 +39,7 @@ from torch import Tensor
 from gyrocompass.loss._backends import backend_for
 from gyrocompass.loss._chunked import _Totals
 from gyrocompass.loss._question import Asks, Backend, Gradients, LogitRule, Logits, Needs, Picks
-from gyrocompass.loss._sharded import Sharded, over_ranks
+from gyrocompass.loss._sharded import Sharded, over_ranks, with_totals
 from gyrocompass.loss._tiles import Tiles
 from gyrocompass.loss.signal import Kind
 
@@ -200,6 +201,7 @@ class _Divergence(torch.autograd.Function):
         scales, rate_sums = [(rest[0], rest[1]), (rest[2], rest[3])], rest[4:]
         needs = ctx.needs_input_grad[4:]
         heads = _heads(tensors, ctx.rules)
+        join = functools.partial(over_ranks, group=ctx.group)
         with torch.no_grad(), torch.autocast(gradient_N.device.type, enabled=False):
             pair = _Pair(heads, scales, ctx.dtype)
             totals = [
@@ -209,20 +211,13 @@ class _Divergence(torch.autograd.Function):
             back = _Back(pair, ctx.measure, gradient_N, rate_sums, totals)
             for columns in pair.columns:
                 back.add(columns)
-            found = [part for total in totals for part in _joined(total, ctx.group)]
+            found = [
+                part
+                for total in totals
+                for part in (with_totals(total.rounded(), join) if total else [None] * len(Gradients._fields))
+            ]
         wanted = (part if need else None for part, need in zip(found, needs, strict=True))
         return None, None, None, None, *(None if part is None else first_only(part) for part in wanted)
-
-
-def _joined(total: _Totals | None, group: str) -> Gradients:
-    """A head's gradients: those of its rows are this rank's, those of hidden states sums over ranks."""
-    if total is None:
-        return Gradients(None, None, None, None, None)
-    own = total.rounded()
-    return own._replace(
-        dh_ND=None if own.dh_ND is None else over_ranks(own.dh_ND, group),
-        da_NR=None if own.da_NR is None else over_ranks(own.da_NR, group),
-    )
 
 
 def _totals(head: Logits, needs: tuple[bool, ...]) -> _Totals:
