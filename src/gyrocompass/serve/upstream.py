@@ -18,14 +18,14 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from typing import Any, Literal
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
-from gyrocompass.core.errors import BadInput, MissingDependency
+from gyrocompass.core.errors import BadInput
 from gyrocompass.serve.answer import Token
 from gyrocompass.serve.backend import Job, Piece, Scored
+from gyrocompass.serve.connections import Connections, NoAnswer, Reply, Silent
 from gyrocompass.serve.failures import Failure
 
 _FINISH: dict[str, Literal["stop", "length"]] = {"length": "length"}
@@ -60,21 +60,17 @@ class Upstream:
         connections: int = 256,
     ) -> None:
         self.name = url.rstrip("/").removesuffix("/v1")
-        self._model, self._timeout_s, self._connections = model, timeout_s, connections
-        self._headers = {}
+        self._model, headers = model, dict[str, str]()
         if api_key_env is not None:
             if api_key_env not in os.environ:
                 raise BadInput(
                     f"the environment variable {api_key_env} is not set; it holds the upstream's key",
                     fix=f"export {api_key_env}=...",
                 )
-            self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self._session: Any = None
-        self._urls: dict[str, Any] = {}
-        """Of its paths, parsed."""
+            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        self._connections = Connections(self.name, headers=headers, silent_s=timeout_s, most=connections)
         self._listed: list[dict[str, Any]] = []
         self._listed_at = 0.0
-        self._running = 0
 
     async def models(self) -> list[dict[str, Any]]:
         """What it lists; asked for anew every half minute."""
@@ -98,12 +94,18 @@ class Upstream:
                 yield piece
             return
         try:
-            async with asyncio.timeout(_left(job)), self._asked("POST", path, body) as response:
-                async for event in _events(response):
+            async with (
+                asyncio.timeout(_left(job)),
+                self._connections.ask("POST", path, _as_json(body)) as reply,
+            ):
+                await _accept(reply)
+                async for event in _events(reply):
                     for piece in _pieces(event, chat):
                         yield piece
         except TimeoutError:
             return  # what came is told as cut
+        except NoAnswer as error:
+            raise _unanswered(error) from error
 
     async def score(self, job: Job) -> Scored:
         """By its own echo."""
@@ -177,13 +179,11 @@ class Upstream:
 
     def figures(self) -> Mapping[str, float]:
         """Requests that wait for it."""
-        return {"running": self._running}
+        return {"running": self._connections.busy}
 
     async def close(self) -> None:
         """Close its connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        self._connections.close()
 
     async def _body(self, job: Job, chat: bool) -> dict[str, Any]:
         body = {name: value for name, value in job.body.items() if name not in _OURS}
@@ -206,54 +206,47 @@ class Upstream:
         *,
         deadline_s: float | None = None,
     ) -> dict[str, Any]:
+        data = None if body is None else _as_json(body)
         try:
-            async with asyncio.timeout(deadline_s), self._asked(method, path, body) as response:
-                text = await response.read()
+            async with asyncio.timeout(deadline_s), self._connections.ask(method, path, data) as reply:
+                await _accept(reply)
+                text = await reply.read()
         except TimeoutError:
             raise Failure(504, "the upstream did not answer within the deadline") from None
+        except NoAnswer as error:
+            raise _unanswered(error) from error
         try:
-            answer = json.loads(text)
+            answer = _parsed(text)
         except ValueError:
             raise Failure(502, f"the upstream did not answer in JSON: {_shown(text)}") from None
         if not isinstance(answer, dict):
             raise Failure(502, f"the upstream did not answer with an object: {_shown(text)}")
         return answer
 
-    @asynccontextmanager
-    async def _asked(self, method: str, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[Any]:
-        try:
-            import aiohttp
-            from yarl import URL
-        except ImportError as error:
-            raise MissingDependency("aiohttp", extra="serve", needed_for="an upstream") from error
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=self._timeout_s)
-            connector = aiohttp.TCPConnector(limit=self._connections)
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                timeout=timeout,
-                headers=self._headers | {"Content-Type": "application/json"},
-                cookie_jar=aiohttp.DummyCookieJar(),  # what it tells one user is not for the next
-            )
-        if path not in self._urls:
-            self._urls[path] = URL(self.name + path)
-        data = None if body is None else to_json(body, inf_nan_mode="null")
-        self._running += 1
-        try:
-            async with self._session.request(
-                method, self._urls[path], data=data, allow_redirects=False
-            ) as response:
-                if response.status != 200:
-                    raise _refusal(
-                        response.status, await response.read(), response.headers.get("Retry-After")
-                    )
-                yield response
-        except aiohttp.ServerTimeoutError:
-            raise Failure(504, f"the upstream was silent for {self._timeout_s:g} s") from None
-        except aiohttp.ClientError as error:
-            raise Failure(502, f"the upstream cannot be asked: {error or type(error).__name__}") from error
-        finally:
-            self._running -= 1
+
+def _as_json(body: Mapping[str, Any]) -> bytes:
+    return to_json(body, inf_nan_mode="null")
+
+
+def _parsed(text: bytes) -> Any:
+    """JSON, a half surrogate allowed, as models write them."""
+    try:
+        return from_json(text)
+    except ValueError:
+        return json.loads(text)
+
+
+async def _accept(reply: Reply) -> None:
+    """An answer of another status is a refusal."""
+    if reply.status != 200:
+        wait = reply.headers.get(b"retry-after", b"").decode("latin-1")
+        raise _refusal(reply.status, await reply.read(), wait)
+
+
+def _unanswered(error: NoAnswer) -> Failure:
+    if isinstance(error, Silent):
+        return Failure(504, f"the upstream does not answer: {error}")
+    return Failure(502, f"the upstream cannot be asked: {error}")
 
 
 def _is_chat(prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> bool:
@@ -265,7 +258,7 @@ def _left(job: Job) -> float | None:
     return None if job.deadline_s is None else max(0.0, job.received_at + job.deadline_s - time.time())
 
 
-def _refusal(status: int, said: bytes, retry_after: str | None) -> Failure:
+def _refusal(status: int, said: bytes, retry_after: str = "") -> Failure:
     """A client's mistake stays one; what is the upstream's fault is a 502."""
     try:
         error = json.loads(said)["error"]
@@ -275,7 +268,7 @@ def _refusal(status: int, said: bytes, retry_after: str | None) -> Failure:
     except (ValueError, KeyError, TypeError):
         message, param, code = _shown(said), None, None
     if status == 429 or status == 503:
-        wait = float(retry_after) if retry_after and retry_after.isdecimal() else 1.0
+        wait = float(retry_after) if retry_after.isdecimal() else 1.0
         return Failure(status, str(message), code=_word(code), retry_after_s=wait)
     if status in (401, 403):  # our key, not the client's
         return Failure(502, f"the upstream refuses our key: {message}")
@@ -293,22 +286,22 @@ def _shown(said: bytes | str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
-async def _events(response: Any) -> AsyncIterator[dict[str, Any]]:
+async def _events(reply: Reply) -> AsyncIterator[dict[str, Any]]:
     """The JSON of each event of a stream, up to [DONE]."""
-    async for line in response.content:
+    async for line in reply.lines():
         if not line.startswith(b"data:"):
             continue
         said = line[5:].strip()
         if said == b"[DONE]":
             return
         try:
-            event = json.loads(said)
+            event = _parsed(said)
         except ValueError:
             raise Failure(
                 502, f"the upstream's stream has an event that is not JSON: {_shown(said)}"
             ) from None
         if "error" in event:
-            raise _refusal(500, said, None)
+            raise _refusal(500, said)
         yield event
 
 
