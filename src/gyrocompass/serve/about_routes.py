@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gyrocompass.serve.direct import RESPONSES, add_post
+from gyrocompass.serve.direct import RESPONSES, add_post, body_of
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.metrics import Metrics
 from gyrocompass.serve.services import Services
@@ -37,7 +37,7 @@ class AboutRoutes:
 
     async def moderations(self, request: Request) -> Response:
         """How unsafe texts are, by the scorers of this server."""
-        body = await request.body()
+        body = await body_of(request)
         await self._services.caller(request)
         asked_for = read(ModerationRequest, body)
         moderate = self._services.champion.moderate
@@ -71,7 +71,7 @@ class AboutRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Ids of a text."""
-        body = await request.body()
+        body = await body_of(request)
         await self._services.caller(request)
         asked_for = read(TokenizeRequest, body)
         ids = await self._services.champion.backend.tokenize(asked_for.text(), asked_for.add_special_tokens)
@@ -79,7 +79,7 @@ class AboutRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
-        body = await request.body()
+        body = await body_of(request)
         await self._services.caller(request)
         return JSONResponse(
             {"prompt": await self._services.champion.backend.detokenize(read(DetokenizeRequest, body).tokens)}

@@ -24,7 +24,7 @@ from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.metrics import Metrics
 from gyrocompass.serve.routes import Routes
 from gyrocompass.serve.services import ServeSettings, Services
-from gyrocompass.serve.surface import Surface
+from gyrocompass.serve.surface import Receive, Scope, Send, Surface
 from gyrocompass.serve.wire import BODIES
 
 
@@ -41,7 +41,7 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
         for close in services.on_close:
             await close()
 
-    app = FastAPI(title="Gyrocompass", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _App(title="Gyrocompass", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics()
     app.state.metrics = metrics
     app.add_exception_handler(Failure, _failed)
@@ -52,11 +52,22 @@ def make_app(services: Services, settings: ServeSettings) -> FastAPI:
     for router in (*own, *services.routers):
         app.router.routes.extend(router.routes)
     direct = {route.path: route.endpoint for route in app.routes if isinstance(route, Direct)}
-    app.middleware_stack = Surface(
-        app.build_middleware_stack(), metrics=metrics, max_body_bytes=settings.max_body_bytes, direct=direct
-    )
+    app.surface = Surface(app.behind, metrics=metrics, max_body_bytes=settings.max_body_bytes, direct=direct)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+class _App(FastAPI):
+    """FastAPI behind a surface, which sees every request first."""
+
+    surface: Surface
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.surface(scope, receive, send)
+
+    async def behind(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What the surface hands on."""
+        await super().__call__(scope, receive, send)
 
 
 async def _failed(request: Request, failure: Exception) -> Response:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.surface import Handler
 
 _ERROR = {
@@ -32,6 +33,22 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     **dict.fromkeys((400, 401, 403, 404, 413, 429, 502, 503, 504), _REFUSED),
     200: {"description": "answered"},
 }
+
+
+async def body_of(request: Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        Failure: 499, the client left.
+    """
+    parts = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Failure(499, "the client left")
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Direct(APIRoute):

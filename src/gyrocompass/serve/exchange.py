@@ -70,10 +70,13 @@ class Exchange:
         except asyncio.CancelledError:
             self.record(asked, None, None, 499)
             raise
-        for sample, outcome in enumerate(found):
-            self.record(asked, outcome.answered, outcome.judgement, 200, sample)
+        asyncio.get_running_loop().call_soon(self._keep, asked, found)  # the answer need not wait for its log
         self._ask_shadow(asked, job)
         return found
+
+    def _keep(self, asked: Asked, outcomes: Sequence[Outcome]) -> None:
+        for sample, outcome in enumerate(outcomes):
+            self.record(asked, outcome.answered, outcome.judgement, 200, sample)
 
     async def _whole(self, asked: Asked, job: Job) -> list[Outcome]:
         if self._gate is not None and (judgement := await self._gate.before(asked)) is not None:

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from gyrocompass.core.errors import BadInput
+from gyrocompass.serve.direct import body_of
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.keys import Keys
 from gyrocompass.serve.review import Conflict, Reviews, Verdict
@@ -81,7 +82,7 @@ def review_router(reviews: Reviews, keys: Keys | None) -> APIRouter:
 
     @router.post("/v1/reviews/{review_id}/verdict")
     async def verdict(request: Request, review_id: str) -> Response:
-        body = await request.body()
+        body = await body_of(request)
         by = await who(request, "review")
         said = Verdict(**read(VerdictRequest, body).model_dump())
         return JSONResponse((await _done(reviews.decide, review_id, by, said))._asdict())

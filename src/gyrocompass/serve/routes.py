@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from gyrocompass.serve import render
 from gyrocompass.serve.answer import Asked, Judgement
 from gyrocompass.serve.backend import Job, Samples
 from gyrocompass.serve.decisions import answer_of, labels_of, prompt_of
-from gyrocompass.serve.direct import add_post
+from gyrocompass.serve.direct import add_post, body_of
 from gyrocompass.serve.exchange import Exchange, Outcome
 from gyrocompass.serve.failures import Failure
 from gyrocompass.serve.keys import Caller
@@ -63,7 +64,7 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """A conversation's next message."""
-        body = await request.body()
+        body = await body_of(request)
         caller = await self._services.caller(request)
         asked_for = read(ChatRequest, body)
         given = from_json(body)
@@ -76,8 +77,7 @@ class Routes:
             asked_for.limit(),
         )  # fmt: skip
         decoding = asked_for.decoding(**asked_for.constraint())
-        job = self._job(asked, way.lane, messages, asked_for, decoding, alternatives)
-        job = job._replace(tools=tools, body=given)
+        job = self._job(asked, way.lane, messages, asked_for, decoding, alternatives, given, tools)
 
         def choice(place: int, outcome: Outcome) -> dict[str, Any]:
             return render.chat_choice(
@@ -106,22 +106,22 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """What follows a text, or several."""
-        body = await request.body()
+        body = await body_of(request)
         caller = await self._services.caller(request)
         asked_for = read(CompletionRequest, body)
         given = from_json(body)
         alternatives, echo = asked_for.logprobs or 0, bool(asked_for.echo)
         pairs: list[tuple[Asked, Job]] = []
         user, way = self._way(caller, asked_for.user)
-        lane, exchange = way.lane, self._exchange(way)
+        lane, exchange, decoding = way.lane, self._exchange(way), asked_for.decoding()
         for prompt in asked_for.prompts():
             text = prompt if isinstance(prompt, str) else await lane.backend.detokenize(prompt)
             asked = self._asked(
                 request, caller, user, way, asked_for, "completion", text, (), asked_for.max_tokens
             )
             asked = asked._replace(id=f"{asked.id}.{len(pairs)}" if pairs else asked.id)
-            job = self._job(asked, lane, prompt, asked_for, asked_for.decoding(), alternatives)
-            pairs.append((asked, job._replace(body=given | {"prompt": prompt, "echo": False})))
+            body = given | {"prompt": prompt, "echo": False}
+            pairs.append((asked, self._job(asked, lane, prompt, asked_for, decoding, alternatives, body)))
         name = await self._model_name(lane, asked_for.model)
         head = self._head(pairs[0][0], lane, "cmpl", "text_completion", name)
         samples = asked_for.n or 1
@@ -163,7 +163,7 @@ class Routes:
 
     async def decisions(self, request: Request) -> Response:
         """Questions whose answers are known beforehand: how probable each is."""
-        body = await request.body()
+        body = await body_of(request)
         caller = await self._services.caller(request)
         asked_for = read(DecisionRequest, body)
         text = asked_for.text()
@@ -247,7 +247,17 @@ class Routes:
             arm=way.arm,
         )
 
-    def _job(self, asked: Asked, lane: Lane, prompt: Any, body: Any, decoding: Any, alternatives: int) -> Job:
+    def _job(
+        self,
+        asked: Asked,
+        lane: Lane,
+        prompt: Any,
+        body: Any,
+        decoding: Decoding,
+        alternatives: int,
+        given: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Job:
         return Job(
             id=asked.id,
             prompt=prompt,
@@ -260,7 +270,9 @@ class Routes:
             alternatives=max(alternatives, _FOR_REVIEW if lane.gate is not None else 0),
             deadline_s=asked.deadline_s,
             received_at=asked.received_at,
+            tools=tools,
             model=body.model,
+            body=given or {},
         )
 
     async def _model_name(self, lane: Lane, wanted: str) -> str:
@@ -293,8 +305,7 @@ class Routes:
         outcomes: Sequence[Outcome],
         pairs: Sequence[tuple[Asked, Job]] = (),
     ) -> Response:
-        for outcome in outcomes:
-            self._metrics.answer(outcome.answered, outcome.judgement)
+        asyncio.get_running_loop().call_soon(self._count, outcomes)
         each = len(outcomes) // max(1, len(pairs))
         prompt_tokens = sum(outcome.answered.prompt_tokens for outcome in outcomes[:: max(1, each)])
         if not pairs:
@@ -303,6 +314,10 @@ class Routes:
         reply = dict(outcomes[0].reply) if outcomes else {}
         told = {**reply, **head, "choices": choices, "usage": render.usage(prompt_tokens, written)}
         return Response(to_json(told, inf_nan_mode="null"), media_type="application/json")
+
+    def _count(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            self._metrics.answer(outcome.answered, outcome.judgement)
 
     async def _streamed(
         self,

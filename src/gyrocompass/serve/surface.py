@@ -6,6 +6,7 @@ the model go from here to their handlers: what a framework does around each cost
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -99,7 +100,8 @@ class Surface:
             await respond(Failure(500, f"an error of ours; the log has it under {scope['gyro_id']}"), sent)
         finally:
             route = route or getattr(scope.get("route"), "path", "other")
-            self._metrics.request(route, status, time.perf_counter() - began)
+            took_s = time.perf_counter() - began
+            asyncio.get_running_loop().call_soon(self._metrics.request, route, status, took_s)
 
     def _too_large(self) -> Failure:
         return Failure(413, f"the request is larger than {self._max_body_bytes:,} bytes", code="too_large")

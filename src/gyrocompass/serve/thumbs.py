@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from gyrocompass.core.database import Database, upsert
 from gyrocompass.core.tables_serving import ThumbRow
-from gyrocompass.serve.direct import RESPONSES
+from gyrocompass.serve.direct import RESPONSES, body_of
 from gyrocompass.serve.keys import Keys
 from gyrocompass.serve.wire import ThumbRequest, read
 
@@ -29,7 +29,7 @@ def thumbs_router(database: Database, keys: Keys | None) -> APIRouter:
 
     async def feedback(request: Request) -> Response:
         """Keep a thumb."""
-        body = await request.body()
+        body = await body_of(request)
         if keys is not None:
             await keys.admit(request.headers.get("authorization"), "infer")
         given = read(ThumbRequest, body)

@@ -8,6 +8,7 @@ in any request: `slice` (what sort of question it is; policies and figures go by
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -104,16 +105,21 @@ class _Sampled(_Request):
         if temperature > 0:  # OpenAI's clients send top_p beside a temperature of 0, where it says nothing
             given |= {"top_p": self.top_p, "min_p": self.min_p or None}
             given |= {"top_k": None if self.top_k in (None, -1, 0) else self.top_k}
+        controls = tuple((name, value) for name, value in given.items() if value is not None)
         try:
-            return Decoding.model_validate(
-                {name: value for name, value in given.items() if value is not None}
-            )
+            return Decoding.model_validate(dict(controls)) if constraint else _decoding(controls)
         except ValidationError as error:
             raise Failure(400, _first(error)) from error
 
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoding(controls: tuple[tuple[str, Any], ...]) -> Decoding:
+    """Most clients ask with the same controls each time."""
+    return Decoding.model_validate(dict(controls))
 
 
 class StreamOptions(BaseModel):
