@@ -110,15 +110,24 @@ class Connections:
     async def take(self, question: bytes) -> Reply:
         """A reply whose head is here, to a question that is whole HTTP."""
         self.busy += 1
+        has_place = False
         try:
-            await self._free.acquire()
-            try:
-                return await self._asked(question)
-            except BaseException:
-                self._free.release()
-                raise
+            has_place = await self._free.acquire()
+            while True:
+                rested = self._rested()
+                connection = rested or await self._opened()
+                try:
+                    await connection.ask(question)
+                    return connection
+                except BaseException as error:
+                    connection.drop()
+                    was_closed = isinstance(error, NoAnswer) and not isinstance(error, Silent)
+                    if rested is None or connection.heard or not was_closed:
+                        raise
         except BaseException:
             self.busy -= 1
+            if has_place:
+                self._free.release()
             raise
 
     def give_back(self, connection: Reply) -> None:
@@ -133,19 +142,6 @@ class Connections:
     def forget(self, connection: Reply) -> None:
         """It is closed."""
         self._all.discard(connection)
-
-    async def _asked(self, question: bytes) -> Reply:
-        while True:
-            rested = self._rested()
-            connection = rested or await self._opened()
-            try:
-                await connection.ask(question)
-                return connection
-            except BaseException as error:
-                connection.drop()
-                was_closed = isinstance(error, NoAnswer) and not isinstance(error, Silent)
-                if rested is None or connection.heard or not was_closed:
-                    raise
 
     def _rested(self) -> Reply | None:
         """The one that was used last; those that rested for long are closed."""

@@ -21,7 +21,7 @@ from gyrocompass.data.curate.spans import Span, disjoint, mask, replace
 from gyrocompass.serve.answer import Answered, Asked, Confidence, Judgement, Outcome
 from gyrocompass.serve.confidence import Calibrated
 from gyrocompass.serve.policy import Mask, OnFailure, Policy, Rule, When, pattern_of
-from gyrocompass.serve.scorers import Looked, Looker, look
+from gyrocompass.serve.scorers import Looked, Looker, look, of_side
 
 _LOG = logging.getLogger("gyrocompass.serve")
 _MOST_SEEN = 10_000
@@ -87,6 +87,7 @@ class Gate:
         draw: random.Random | None = None,
     ) -> None:
         self.policy, self._lookers, self._calibrated, self._reviews = policy, lookers, calibrated, reviews
+        self._of_input, self._of_output = of_side(lookers, "input"), of_side(lookers, "output")
         self._draw = draw or random.SystemRandom()
         self._id = policy.id
         self._early = _early_rules(policy)
@@ -96,7 +97,7 @@ class Gate:
     async def before(self, asked: Asked) -> Judgement | None:
         """See `Gatekeeper`."""
         try:
-            looked = await look(self._lookers, "input", asked.prompt)
+            looked = await look(self._of_input, "input", asked.prompt)
             self._seen[asked.id] = looked
             if len(self._seen) > _MOST_SEEN:
                 self._seen.popitem(last=False)
@@ -127,7 +128,7 @@ class Gate:
         """What the scorers say of a text, by name; one that failed counts as 1."""
         found: dict[str, float] = {}
         for side in ("input", "output"):
-            looked = await look(self._lookers, side, text)
+            looked = await look(of_side(self._lookers, side), side, text)
             for flag, score in looked.flags.items():
                 name = flag.partition(".")[2]
                 found[name] = max(score, found.get(name, 0.0))
@@ -137,8 +138,8 @@ class Gate:
         return found
 
     async def _after(self, asked: Asked, answered: Answered, others: Sequence[str]) -> Judgement:
-        inputs = self._seen.get(asked.id) or await look(self._lookers, "input", asked.prompt)
-        outputs = await look(self._lookers, "output", answered.text)
+        inputs = self._seen.get(asked.id) or await look(self._of_input, "input", asked.prompt)
+        outputs = await look(self._of_output, "output", answered.text)
         looked = Looked({**inputs.flags, **outputs.flags}, (*inputs.failures, *outputs.failures))
         confidence, threshold = None, math.inf
         if self._calibrated is not None:

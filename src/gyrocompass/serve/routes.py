@@ -28,11 +28,11 @@ from gyrocompass.serve.streams import (
     ChatChunks,
     Chunks,
     TextChunks,
+    Watcher,
     events,
     merged,
     one_chunk,
     together,
-    until_gone,
 )
 from gyrocompass.serve.wire import (
     ChatRequest,
@@ -52,6 +52,7 @@ class Routes:
 
     def __init__(self, services: Services, settings: ServeSettings, metrics: Metrics) -> None:
         self._services, self._settings, self._metrics = services, settings, metrics
+        self._watcher = Watcher()
         self._secret = settings.user_secret or secrets.token_hex(32)
 
     def router(self) -> APIRouter:
@@ -99,7 +100,7 @@ class Routes:
             return await self._streamed(
                 request, way, head, [(asked, job)], chunks, choice, asked_for.wants_usage()
             )
-        outcomes = await until_gone(request, self._exchange(way).whole(asked, job))
+        outcomes = await self._watcher.until_gone(request, self._exchange(way).whole(asked, job))
         return self._answer(
             head, [choice(place, outcome) for place, outcome in enumerate(outcomes)], outcomes
         )
@@ -155,7 +156,7 @@ class Routes:
         if asked_for.stream and not echo:
             chunks = TextChunks(asked_for.logprobs)
             return await self._streamed(request, way, head, pairs, chunks, choice, asked_for.wants_usage())
-        outcomes = await until_gone(request, everything())
+        outcomes = await self._watcher.until_gone(request, everything())
         choices = [choice(place, outcome) for place, outcome in enumerate(outcomes)]
         if asked_for.stream:
             return events(one_chunk(head, choices))
@@ -182,7 +183,7 @@ class Routes:
                 labels = labels_of(question)
                 said = [{"role": "user", "content": prompt}]
                 job = self._job(asked, lane, said, asked_for, _GREEDY, 0)
-                told, counted = await until_gone(request, lane.backend.likelihoods(job, labels))
+                told, counted = await self._watcher.until_gone(request, lane.backend.likelihoods(job, labels))
                 prompt_tokens += counted
                 answer, confidence = answer_of(question, told, lane.calibrate_choice)
                 answers.append(answer)
@@ -313,7 +314,7 @@ class Routes:
         written = sum(len(outcome.answered.tokens) for outcome in outcomes)
         reply = dict(outcomes[0].reply) if outcomes else {}
         told = {**reply, **head, "choices": choices, "usage": render.usage(prompt_tokens, written)}
-        return Response(to_json(told, inf_nan_mode="null"), media_type="application/json")
+        return _Json(to_json(told, inf_nan_mode="null"))
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -355,7 +356,7 @@ class Routes:
 
         source = live() if exchange.shows_live else judged()
         try:
-            first = await until_gone(request, anext(source))
+            first = await self._watcher.until_gone(request, anext(source))
         except StopAsyncIteration:
             first = None
 
@@ -368,6 +369,15 @@ class Routes:
                 yield {**head, "choices": [], "usage": render.usage(*counted)}
 
         return events(lines(), source)
+
+
+class _Json(Response):
+    """JSON as bytes; its head says no more than that."""
+
+    def __init__(self, body: bytes) -> None:
+        self.status_code, self.body, self.background = 200, body, None
+        length = str(len(body)).encode()
+        self.raw_headers = [(b"content-length", length), (b"content-type", b"application/json")]
 
 
 def _unwritten(lane: Lane, job: Job) -> Outcome:

@@ -52,15 +52,19 @@ class Looked(NamedTuple):
     """What failed, in words, and what the policy does then."""
 
 
+def of_side(lookers: tuple[Looker, ...], side: str) -> tuple[Looker, ...]:
+    """Those that look at questions, or at answers."""
+    return tuple(looker for looker in lookers if side in looker.sides)
+
+
 async def look(lookers: tuple[Looker, ...], side: str, text: str) -> Looked:
     """Ask all scorers of a side at once. Raises nothing."""
-    asked = [looker for looker in lookers if side in looker.sides]
-    if any(looker.timeout_s is not None for looker in asked):
-        found = await asyncio.gather(*(_one(looker, text) for looker in asked))
+    if any(looker.timeout_s is not None for looker in lookers):
+        found = await asyncio.gather(*(_one(looker, text) for looker in lookers))
     else:  # nobody waits for anything
-        found = [await _one(looker, text) for looker in asked]
+        found = [await _one(looker, text) for looker in lookers]
     flags, failures = {}, []
-    for looker, score in zip(asked, found, strict=True):
+    for looker, score in zip(lookers, found, strict=True):
         if isinstance(score, str):
             failures.append((f"{looker.name} failed on the {side}: {score}", looker.on_failure))
         else:

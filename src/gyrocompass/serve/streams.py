@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -16,6 +17,8 @@ from gyrocompass.serve.exchange import Outcome
 from gyrocompass.serve.failures import Failure
 
 T = TypeVar("T")
+_UNWATCHED_S = 0.05
+"""An answer within this time is written whether or not somebody still waits for it."""
 
 
 class Chunks(Protocol):
@@ -144,33 +147,53 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
 
 
-async def until_gone(request: Request, coroutine: Awaitable[T]) -> T:
-    """What a coroutine gives, unless the client leaves first: then it is cancelled.
+class Watcher:
+    """Ends the work for clients that have left.
 
-    Raises:
-        Failure: 499, which nobody reads.
+    Most answers are there before anybody leaves, so a request is looked at only once it has lasted a while,
+    by one timer for all of them.
     """
-    task = asyncio.current_task()
-    assert task is not None, "a coroutine runs in a task"
-    left = over = False
 
-    def leave(watch: asyncio.Future[None]) -> None:
-        nonlocal left
-        if not (over or watch.cancelled()):
-            left = True
+    def __init__(self) -> None:
+        self._young: dict[asyncio.Task[Any], Request] = {}
+        self._watched: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
+        self._left: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def until_gone(self, request: Request, coroutine: Awaitable[T]) -> T:
+        """What a coroutine gives, unless the client leaves first: then it is cancelled.
+
+        Raises:
+            Failure: 499, which nobody reads.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._young[task] = request
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_UNWATCHED_S, self._watch)
+        try:
+            return await coroutine
+        except asyncio.CancelledError:
+            if task in self._left and task.uncancel() == 0:
+                raise Failure(499, "the client left") from None
+            raise
+        finally:
+            if self._young.pop(task, None) is None:
+                self._watched.pop(task).cancel()
+                self._left.discard(task)
+
+    def _watch(self) -> None:
+        """Listen for the end of requests that are not new any more."""
+        self._timer = None
+        for task, request in self._young.items():
+            watch = self._watched[task] = asyncio.ensure_future(_gone(request))
+            watch.add_done_callback(partial(self._leave, task))
+        self._young.clear()
+
+    def _leave(self, task: asyncio.Task[Any], watch: asyncio.Future[None]) -> None:
+        if self._watched.get(task) is watch and not watch.cancelled():
+            self._left.add(task)
             task.cancel()
-
-    gone = asyncio.ensure_future(_gone(request))
-    gone.add_done_callback(leave)
-    try:
-        return await coroutine
-    except asyncio.CancelledError:
-        if left and task.uncancel() == 0:
-            raise Failure(499, "the client left") from None
-        raise
-    finally:
-        over = True
-        gone.cancel()
 
 
 async def _gone(request: Request) -> None:

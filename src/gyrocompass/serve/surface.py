@@ -35,6 +35,20 @@ _HEADERS = [
 ]
 
 
+class _Ids:
+    """32 hexadecimal digits that nobody can guess; the system is asked for many at a time."""
+
+    def __init__(self) -> None:
+        self._drawn, self._place = "", 0
+
+    def new(self) -> str:
+        """Another one."""
+        if self._place >= len(self._drawn):
+            self._drawn, self._place = secrets.token_hex(16 * 256), 0
+        self._place += 32
+        return self._drawn[self._place - 32 : self._place]
+
+
 class Surface:
     """Wraps an app.
 
@@ -49,7 +63,7 @@ class Surface:
         self, app: Any, *, metrics: Metrics, max_body_bytes: int, direct: Mapping[str, Handler]
     ) -> None:
         self._app, self._metrics, self._max_body_bytes = app, metrics, max_body_bytes
-        self._direct = direct
+        self._direct, self._ids = direct, _Ids()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -59,7 +73,7 @@ class Surface:
         began, status, started, route = time.perf_counter(), 500, False, ""
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        scope["gyro_id"] = secrets.token_hex(16)
+        scope["gyro_id"] = self._ids.new()
         shown_id = given if _REQUEST_ID.fullmatch(given) else scope["gyro_id"].encode()
         taken = 0
 

@@ -208,9 +208,11 @@ class Upstream:
     ) -> dict[str, Any]:
         data = None if body is None else _as_json(body)
         try:
-            async with asyncio.timeout(deadline_s), self._connections.ask(method, path, data) as reply:
-                await _accept(reply)
-                text = await reply.read()
+            if deadline_s is None:
+                text = await self._read(method, path, data)
+            else:
+                async with asyncio.timeout(deadline_s):
+                    text = await self._read(method, path, data)
         except TimeoutError:
             raise Failure(504, "the upstream did not answer within the deadline") from None
         except NoAnswer as error:
@@ -223,6 +225,11 @@ class Upstream:
             raise Failure(502, f"the upstream did not answer with an object: {_shown(text)}")
         return answer
 
+    async def _read(self, method: str, path: str, data: bytes | None) -> bytes:
+        async with self._connections.ask(method, path, data) as reply:
+            await _accept(reply)
+            return await reply.read()
+
 
 def _as_json(body: Mapping[str, Any]) -> bytes:
     return to_json(body, inf_nan_mode="null")
@@ -231,7 +238,7 @@ def _as_json(body: Mapping[str, Any]) -> bytes:
 def _parsed(text: bytes) -> Any:
     """JSON, a half surrogate allowed, as models write them."""
     try:
-        return from_json(text)
+        return from_json(text, cache_strings="keys")
     except ValueError:
         return json.loads(text)
 
@@ -363,13 +370,7 @@ def _tokens(told: Any, chat: bool) -> list[Token]:
         return []
     if chat:
         return [
-            Token(
-                str(one["token"]),
-                None,
-                float(one["logprob"]),
-                None,
-                [(str(other["token"]), float(other["logprob"])) for other in one.get("top_logprobs") or []],
-            )
+            Token(str(one["token"]), None, float(one["logprob"]), None, _others(one.get("top_logprobs")))
             for one in told.get("content") or []
         ]
     values = told.get("token_logprobs") or []
@@ -378,6 +379,10 @@ def _tokens(told: Any, chat: bool) -> list[Token]:
         Token(str(text), None, math.nan if value is None else float(value), None, _alternatives(top))
         for text, value, top in zip(told["tokens"], values, tops, strict=True)
     ]
+
+
+def _others(told: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, float]]:
+    return [(str(other["token"]), float(other["logprob"])) for other in told] if told else []
 
 
 def _alternatives(top: Mapping[str, float] | None) -> list[tuple[str, float]]:

@@ -13,7 +13,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from gyrocompass.core.errors import GyroError
 from gyrocompass.model.decoding import Decoding
@@ -31,23 +40,23 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 Prompt = StrictStr | list[TokenId]
 
 
+def _callable(url: str) -> str:
+    if not may_be_called(url):
+        raise ValueError("webhook is an https URL, or one of this machine")
+    return url
+
+
 class _Request(BaseModel):
     """What every request may carry."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, cache_strings="keys")
 
     model: str = Field(default="", description="one of /v1/models")
     user: str | None = None
     slice: str = Field(default="", max_length=200)
     deadline_s: float | None = Field(default=None, gt=0, le=86400)
     consent: bool = False
-    webhook: str | None = Field(default=None, max_length=2000)
-
-    @model_validator(mode="after")
-    def _webhook_is_a_url(self) -> _Request:
-        if self.webhook is not None and not may_be_called(self.webhook):
-            raise ValueError("webhook is an https URL, or one of this machine")
-        return self
+    webhook: Annotated[str, Field(max_length=2000), AfterValidator(_callable)] | None = None
 
 
 class _Sampled(_Request):
