@@ -220,6 +220,22 @@ def test_a_connection_that_closes_as_it_is_taken_is_asked_again_elsewhere() -> N
     on_both_loops(main)
 
 
+def test_closing_ends_what_is_asked() -> None:
+    async def main() -> None:
+        async with serving(saying(WHOLE)) as server:
+            to = connections(server.url)
+            assert await read(to) == (200, b"hello")
+            server.answer = saying()
+            asking = asyncio.ensure_future(read(to))
+            await asyncio.sleep(0.05)
+            to.close()
+            with pytest.raises(NoAnswer, match="was closed"):
+                await asking
+            assert server.connections == 1 and len(server.questions) == 2
+
+    on_both_loops(main)
+
+
 def test_two_answers_to_one_question_end_the_connection() -> None:
     async def main() -> None:
         async with serving(saying(WHOLE + WHOLE.replace(b"hello", b"HELLO"))) as server:

@@ -120,9 +120,10 @@ class Connections:
                     await connection.ask(question)
                     return connection
                 except BaseException as error:
-                    connection.drop()
                     was_closed = isinstance(error, NoAnswer) and not isinstance(error, Silent)
-                    if rested is None or connection.heard or not was_closed:
+                    again = was_closed and rested is not None and not connection.heard
+                    connection.drop()
+                    if not again:
                         raise
         except BaseException:
             self.busy -= 1
@@ -255,7 +256,8 @@ class Reply(asyncio.Protocol):
         return self._stays and not self.closed
 
     def drop(self) -> None:
-        """Close it at once."""
+        """Close it at once; what is being asked on it fails, and is not asked again."""
+        self.heard = True
         self._transport.abort()
         self._end(NoAnswer("the connection was closed"))
 
