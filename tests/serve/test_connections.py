@@ -345,10 +345,18 @@ def test_no_more_at_once_than_allowed() -> None:
     on_both_loops(main)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://x/?a=b"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://x/?a=b", "http://x/a b", "http://x/é"],
+)
 def test_what_is_no_server_is_refused(url: str) -> None:
     with pytest.raises(BadInput, match="is not"):
         connections(url)
+
+
+def test_a_key_with_a_line_break_is_refused() -> None:
+    with pytest.raises(BadInput, match="the header X-Key"):
+        Connections("http://x", headers={"X-Key": "secret\n"}, silent_s=1, most=1)
 
 
 def test_tls_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ class Connections:
         most: questions at once; the rest wait here.
 
     Raises:
-        BadInput: the URL is none of those.
+        BadInput: the URL is none of those, or a header cannot be sent.
     """
 
     def __init__(self, url: str, *, headers: Mapping[str, str], silent_s: float, most: int) -> None:
@@ -65,7 +65,8 @@ class Connections:
             port, host = parts.port, (parts.hostname or "").encode("idna").decode()
         except ValueError as error:
             raise BadInput(f"{url!r} is not a URL: {error}") from None
-        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        plain = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or not plain:
             raise BadInput(
                 f"{url!r} is not the URL of a server", fix="give one like http://127.0.0.1:8000/v1"
             )
@@ -76,6 +77,11 @@ class Connections:
         if parts.username is not None:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             told["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        for name, value in headers.items():
+            if not (value.isascii() and value.isprintable()):
+                raise BadInput(
+                    f"the header {name} for {url} holds what no header can: a line break, a letter like é"
+                )
         self._prefix = parts.path.rstrip("/")
         self._told = "".join(f"{name}: {value}\r\n" for name, value in (told | dict(headers)).items())
         self._heads: dict[tuple[str, str], bytes] = {}
@@ -93,8 +99,6 @@ class Connections:
         """
         head = self._heads.get((method, path))
         if head is None:
-            if not path.isascii() or not path.isprintable() or " " in path:
-                raise ValueError(f"{path!r} is not a path")
             head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._told}".encode("latin-1")
             self._heads[method, path] = head
         if body is None:
