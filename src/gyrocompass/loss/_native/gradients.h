@@ -8,7 +8,7 @@
 // dh is added up over ranges in float32; a row of dw is finished within its range and written once.
 // Logits may have been kept by the forward pass; then there are several passes, each over some of the tokens, and
 // gradients of the right factors and the bias are added to what the last one left: float32 ones where they are, bf16
-// ones with 8 more bits beside them, until the last pass rounds them.
+// ones as whole numbers of 16 bits times a factor for each strip of a row, until the last pass rounds them.
 //
 // Shape legend: N tokens, V vocabulary; a block is R tokens, a strip is S columns of a factor, M rows of a range.
 
@@ -30,9 +30,10 @@ struct Needs {
   bool left, right;
 };
 
-// Gradients that tokens before these have added to: of the right factors, their lower bits, and of the bias.
+// Gradients that tokens before these have added to: of the right factors, what their whole numbers are times, and of the
+// bias.
 struct SoFar {
-  std::vector<Tensor> right, lower;
+  std::vector<Tensor> right, unit;
   Tensor bias;
 };
 
@@ -55,7 +56,7 @@ class GradientsPass {
     const auto wide = narrow.dtype(at::kFloat);
     for (size_t i = 0; i < needs.size(); ++i) {
       products_.emplace_back(logits.factors[i], needs[i], *this, narrow, wide);
-      if (so_far) products_.back().dright = so_far->right[i], products_.back().lower = so_far->lower[i];
+      if (so_far) products_.back().dright = so_far->right[i], products_.back().unit = so_far->unit[i];
     }
     for (const auto& product : products_) any_left_ |= product.needs.left, any_right_ |= product.needs.right;
     // A little more than needed between rows, so that they do not share places in the cache.
@@ -69,8 +70,8 @@ class GradientsPass {
     }
   }
 
-  // Gradients of left and right factors, then those of a low-rank addition, then of the bias; then the lower bits of
-  // those of the right factors. Empty if not needed.
+  // Gradients of left and right factors, then those of a low-rank addition, then of the bias; then what those of the
+  // right factors are times. Empty if not needed.
   std::vector<Tensor> run() {
     for (int64_t first = 0; first < cut_.n_tiles; first += range_tiles_) {
       const Range range = range_from(first);
@@ -82,7 +83,7 @@ class GradientsPass {
     for (auto& product : products_) out.push_back(product.finished_left()), out.push_back(product.dright);
     out.resize(4);
     out.push_back(dbias_);
-    for (const auto& product : products_) out.push_back(product.lower);
+    for (const auto& product : products_) out.push_back(product.unit);
     out.resize(7);
     for (auto& tensor : out) {
       if (!tensor.defined()) tensor = at::empty({0});
@@ -96,7 +97,7 @@ class GradientsPass {
   // dz of a range in both orders takes at most so much, and its rows are at most so many.
   static constexpr int64_t kRangeBytes = 8 << 20, kRangeRows = 2048;
   // How much of the products is done at once: of dh, tokens and columns; of dw, rows, columns and tokens deep.
-  static constexpr int64_t kLeftTokens = 1024 / sizeof(T), kLeftStrip = 1280 / sizeof(T);
+  static constexpr int64_t kFewestLeftTokens = 128, kLeftTokens = 1024 / sizeof(T), kLeftStrip = 1280 / sizeof(T);
   static constexpr int64_t kRightRows = 512, kRightStrip = 256, kRightTokens = 2048 / sizeof(T);
 
   // Some tiles of the vocabulary; `depth` is their size in whole groups.
@@ -110,7 +111,7 @@ class GradientsPass {
     Needs needs;
     Tensor dleft;  // [padded N, width] float32
     Tensor dright;  // [V, width]
-    Tensor lower;  // [V, width] uint8: bits of dright below those of bf16, while there are more passes to come
+    Tensor unit;  // [V, strips] float32: dright is whole numbers times these while there are more passes to come
     std::optional<Scratch<T>> packed_right;  // of the range: by strip, [range / g, S, g]
     int64_t left_strip, right_strip;  // columns of a strip
     int64_t tokens;
@@ -128,7 +129,7 @@ class GradientsPass {
       }
       if (needs.right && !pass.adds_) {
         dright = at::empty({pass.cut_.vocabulary, factors.width}, narrow);
-        if (!kWide && !pass.last_) lower = at::empty(dright.sizes(), narrow.dtype(at::kByte));
+        if (!kWide && !pass.last_) unit = at::empty({pass.cut_.vocabulary, parts(factors.width, right_strip)}, wide);
       }
     }
 
@@ -214,6 +215,8 @@ class GradientsPass {
       if (!logits_.keeps()) {
         logits_.finish(column, tile);
         logits_.apply_floor(column, token);
+      } else if constexpr (!kWide) {
+        logits_.recall(column, tile, token);
       }
       const int64_t* begin = picks.begin;
       while (picks.begin < picks.end && picks_.row(*picks.begin) < token + kLanes) ++picks.begin;
@@ -310,8 +313,10 @@ class GradientsPass {
         }
       }
     };
+    // The longer ones first, and a few of them even of few tokens, so that no thread waits long for the last.
+    const int64_t left_step = std::clamp(round_up(cut_.padded_tokens() / 4, kLanes), kFewestLeftTokens, kLeftTokens);
+    if (product.needs.left) cut(true, cut_.padded_tokens(), left_step, product.left_strip);
     if (product.needs.right) cut(false, range.rows, kRightRows, product.right_strip);
-    if (product.needs.left) cut(true, cut_.padded_tokens(), kLeftTokens, product.left_strip);
   }
 
   void make_left(const Task& task, const Range& range) {
@@ -337,16 +342,18 @@ class GradientsPass {
                (kWide && adds_) || token > 0);
     }
     if constexpr (!kWide) {
-      const Tensor& lower = task.product->lower;
-      uint8_t* below = lower.defined() && lower.numel() > 0
-                           ? lower.data_ptr<uint8_t>() + (range.first + task.row) * factors.width + task.column
-                           : nullptr;
+      const Tensor& unit = task.product->unit;
+      const int64_t strips = parts(factors.width, task.product->right_strip);
+      float* units = unit.defined() && unit.numel() > 0
+                         ? unit.data_ptr<float>() + (range.first + task.row) * strips + task.column / task.product->right_strip
+                         : nullptr;
       for (int64_t row = 0; row < task.rows; ++row) {
         const int64_t at = row * factors.width;
-        if (below == nullptr) {
+        if (units != nullptr && adds_) add_row(out + at, columns, units[row * strips], sum + row * columns);
+        if (units == nullptr || last_) {
           store_row(sum + row * columns, columns, out + at);
         } else {
-          carry_row(sum + row * columns, columns, out + at, below + at, adds_, last_);
+          units[row * strips] = carry_row(sum + row * columns, columns, out + at);
         }
       }
     }

@@ -161,28 +161,33 @@ void store_row(const float* from, int64_t n, T* to) {
   }
 }
 
-// A row of n sums in 24 bits, the upper 16 as bf16 and 8 below them: if `adds`, what is there is added. If `last`, the
-// sums are rounded to bf16, else to 24 bits.
-inline void carry_row(const float* from, int64_t n, BFloat16* upper, uint8_t* lower, bool adds, bool last) {
-  auto* words = reinterpret_cast<uint16_t*>(upper);
+inline Mask first_of(int64_t n) { return static_cast<Mask>((1u << std::min(kLanes, n)) - 1); }
+
+// A row of n sums as whole numbers of 16 bits; what they are times. Not finite where one of the sums is not.
+inline float carry_row(const float* from, int64_t n, BFloat16* to) {
+  Lanes top = all(0.0f), product = all(0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const auto first = static_cast<Mask>((1u << std::min(kLanes, n - i)) - 1);
-    Lanes sum = _mm512_maskz_loadu_ps(first, from + i);
-    if (adds) {
-      const Words above = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, words + i)), 16);
-      const Words below = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first, lower + i)), 8);
-      sum = sum + _mm512_castsi512_ps(_mm512_or_si512(above, below));
-    }
-    if (last) {
-      store(upper + i, sum, first);
-      continue;
-    }
-    // To the nearest. A NaN may have all its bits below: it becomes one that has not.
-    const Words rounded = _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_set1_epi32(0x80));
-    const Mask is_nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
-    const Words bits = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
-    _mm256_mask_storeu_epi16(words + i, first, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-    _mm_mask_storeu_epi8(lower + i, first, _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8)));
+    const Lanes sum = _mm512_maskz_loadu_ps(first_of(n - i), from + i);
+    top = larger(top, _mm512_abs_ps(sum));
+    product = fma(sum, all(0.0f), product);  // 0, or NaN
+  }
+  const float most = _mm512_reduce_max_ps(top), unit = most / 32767.0f + _mm512_reduce_add_ps(product);
+  const Lanes inverse = all(most > 0 ? 32767.0f / most : 0.0f);
+  auto* words = reinterpret_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Words whole = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(first_of(n - i), from + i) * inverse);
+    _mm256_mask_storeu_epi16(words + i, first_of(n - i), _mm512_cvtepi32_epi16(whole));
+  }
+  return unit;
+}
+
+// Adds a row that was carried.
+inline void add_row(const BFloat16* from, int64_t n, float unit, float* to) {
+  const auto* words = reinterpret_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Words whole = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(first_of(n - i), words + i));
+    const Lanes sum = _mm512_maskz_loadu_ps(first_of(n - i), to + i);
+    _mm512_mask_storeu_ps(to + i, first_of(n - i), fma(_mm512_cvtepi32_ps(whole), all(unit), sum));
   }
 }
 

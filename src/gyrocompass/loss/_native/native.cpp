@@ -1,9 +1,9 @@
 // The native CPU backend's operators: the two passes of `_question.py`'s contract over bf16 or float32 logits.
 //
 // `sums` answers partial sums by part of the vocabulary; `gradients` answers the gradients of the factors and the bias,
-// in the order dh, dw, da, db, dbias, and the lower bits of dw and db. With `kept`, `sums` leaves the logits there and
-// `gradients` takes them from there; with `so_far` (dw, db, dbias, lower bits), it adds to gradients, and rounds them if
-// it is the `last` to do so. Tensors come checked and contiguous along their last axis from `__init__.py`; bias and what
+// in the order dh, dw, da, db, dbias, and what dw and db are times. With `kept`, `sums` leaves the logits there and
+// `gradients` takes them from there; with `so_far` (dw, db, dbias, what they are times), it adds to gradients, and rounds
+// them if it is the `last` to do so. Tensors come checked and contiguous along their last axis from `__init__.py`; bias and what
 // is by token are float32.
 
 #include <torch/library.h>
@@ -88,8 +88,9 @@ std::vector<Tensor> gradients(const Tensor& h, const Tensor& w, const MaybeTenso
   });
 }
 
-int64_t kept_floats(int64_t tokens, int64_t vocabulary, int64_t width, int64_t element_bytes) {
-  return Logits<float>::kept_floats(Cut(tokens, vocabulary, width * element_bytes));
+int64_t kept_bytes(int64_t tokens, int64_t vocabulary, int64_t width, bool bf16) {
+  if (bf16) return Logits<BFloat16>::kept_bytes(Cut(tokens, vocabulary, width * 2));
+  return Logits<float>::kept_bytes(Cut(tokens, vocabulary, width * 4));
 }
 
 // Whether a small product comes out right: brgemm is there, and takes these layouts on this processor.
@@ -111,7 +112,7 @@ bool works(bool bf16) { return bf16 ? multiplies<BFloat16>() : multiplies<float>
 TORCH_LIBRARY(gyrocompass_native, library) {
   library.def("sums", &sums);
   library.def("gradients", &gradients);
-  library.def("kept_floats", &kept_floats);
+  library.def("kept_bytes", &kept_bytes);
   library.def("works", &works);
 }
 
