@@ -95,14 +95,9 @@ def test_the_fused_route_answers_as_the_two_passes(
     """In blocks whose logits are kept, or in one block without."""
     monkeypatch.setattr(_native, "_has_matrix_units", lambda: matrix_units)
     n_rows, _, vocabulary = size = (130, 15, 400)
-    monkeypatch.setattr(_native, "_KEPT_BYTES", rows_each * vocabulary * dtype.itemsize)
-    monkeypatch.setattr(_native, "_FEWEST_ROWS", {dtype: 1})
+    monkeypatch.setattr(_native, "_KEPT_BYTES", rows_each * vocabulary * 4)
+    monkeypatch.setattr(_native, "_FEWEST_ROWS", 1)
     case = make(size, dtype, plain=False)
-    if dtype == torch.bfloat16:
-        assert not ENGINE.prefers_fused(
-            case.logits, needs
-        )  # near its cap, 16 bits do not hold a logit's slope
-        case = case._replace(logits=case.logits._replace(rule=case.logits.rule._replace(softcap=None)))
     seen = []
 
     def slopes_of(rows: slice, block: Sums, own: slice) -> Slopes:
@@ -117,13 +112,14 @@ def test_the_fused_route_answers_as_the_two_passes(
     for one, other in zip(sums, ENGINE.sums(case.logits, case.picks, case.asks), strict=True):
         assert (one is None) == (other is None)
         assert one is None or other is None or torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+    carried = {"dw_VD", "db_VR"} if dtype == torch.bfloat16 and in_blocks else set()
     for name, one, other in zip(Gradients._fields, gradients, two_passes, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert one.dtype == other.dtype and one.shape == other.shape
-            # From logits in 16 bits, dz may round to the bf16 number beside.
-            bound = 1.5e-3 if dtype == torch.bfloat16 and in_blocks else 1e-6
-            assert float((one - other).norm()) <= bound * float(other.norm()), name
+            # Near the middle between two bf16 numbers, whole numbers and float32 may go to different sides.
+            bound = 5e-4 if name in carried else 1e-6
+            assert float((one - other).norm()) <= bound * float(other.norm())
     each = math.ceil(n_rows / math.ceil(n_rows / rows_each)) if in_blocks else n_rows
     rows = [slice(start, min(start + each, n_rows)) for start in range(0, n_rows, each)]
     assert seen == [(block, slice(3 * block.start, 3 * block.stop)) for block in rows]
@@ -138,8 +134,8 @@ def test_dw_of_bf16_grows_by_what_bf16_alone_would_lose(
 ) -> None:
     """1 + 8 * 2^-9: in bf16 each addition would round back to 1. A NaN in one block is one in the end."""
     monkeypatch.setattr(_native, "_has_matrix_units", lambda: False)
-    monkeypatch.setattr(_native, "_FEWEST_ROWS", {torch.bfloat16: 1})
-    monkeypatch.setattr(_native, "_KEPT_BYTES", 32 * 100 * 2)
+    monkeypatch.setattr(_native, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(_native, "_KEPT_BYTES", 32 * 100 * 4)
     dz_N = torch.zeros(32 * len(dz))
     dz_N[::32] = torch.tensor(dz)
     h_ND, w_VD = torch.zeros(len(dz_N), 40), torch.zeros(100, 40)

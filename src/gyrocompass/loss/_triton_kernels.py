@@ -167,7 +167,8 @@ def _allowed(z_RK, inside_K, floor_ptr, row_R):
 def _keep(kept_ptr, crest_ptr, z_RK, allowed_RK, crest_R, own_R, is_row_R, token_K, end, vocabulary, n_rows,
           per_nat, BLOCK_K: tl.constexpr):  # fmt: skip
     """Write a tile of logits as depths below its crest, `per_nat` of them a nat, and the crest."""
-    depth_RK = (crest_R[:, None] - z_RK) * per_nat + 0.5
+    above_R = tl.where(crest_R > -INFINITY, crest_R, 0.0)  # of a tile without any, all are infinitely deep
+    depth_RK = (above_R[:, None] - z_RK) * per_nat + 0.5
     depth_RK = tl.where(depth_RK < _DEEPEST, depth_RK, 0.0 + _DEEPEST)
     depth_RK = tl.where(allowed_RK, depth_RK, 0.0 + _OUTSIDE)
     place_RK = own_R[:, None].to(tl.int64) * vocabulary + token_K[None, :]

@@ -9,12 +9,11 @@ hold beyond inputs and gradients is a packed copy of h, float32 sums of dh and d
 tokens of the vocabulary (or the kept logits): nothing of size N x V, no copy of the head. Results do not
 depend on the number of threads.
 
-`fused` keeps logits of a block of rows from one pass to the other, where that takes less time than making
-them twice; else it is the two passes one after the other. Those of float32 inputs stay as they are, those of
-bf16 are kept in 16 bits, 1024ths below the largest of 256 (dz is off by 5e-4 of itself at most, where bf16
-rounds it to 4e-3). A gradient of a bf16 head is then a sum over blocks; until the last one it is whole
-numbers of 16 bits times a factor for each 256 columns of a row, in the gradient's own place. float16 and
-mixtures of dtypes are left to the chunked backend.
+`fused` keeps float32 logits of a block of rows from one pass to the other, where that takes less time than
+making them twice; else it is the two passes one after the other. A gradient of a bf16 head is then a sum over
+blocks; until the last one it is whole numbers of 16 bits times a factor for each 256 columns of a row, in the
+gradient's own place (each addition rounds to 2^-16 of the largest there). float16 and mixtures of dtypes are
+left to the chunked backend.
 
 The C++ beside this file: `lanes.h` (elementary functions), `matrix.h` (products and layouts), `logits.h`
 (tiles), `sums.h` and `gradients.h` (the passes), `native.cpp` (the operators). `_build.py` compiles it.
@@ -52,7 +51,7 @@ _LOWEST_X = -200.0
 """exp of less is 0 in the operators."""
 _KEPT_BYTES = 48 << 20
 """Of logits that the fused route keeps."""
-_FEWEST_ROWS = {torch.float32: 192, torch.bfloat16: 384}
+_FEWEST_ROWS = 192
 """Of a block of them: with fewer, reading the head and adding to its gradient for each block takes longer
 than making logits twice."""
 
@@ -98,8 +97,9 @@ class NativeBackend:
             sums = self.sums(logits, picks, asks)
             slopes = slopes_of(slice(0, n_rows), sums, slice(0, len(picks.row_P)))
             return sums, self.gradients(logits, picks, slopes, needs)
-        is_bf16 = logits.h_ND.dtype == torch.bfloat16
-        kept = torch.empty(_operators().kept_bytes(rows_each, *logits.w_VD.shape, is_bf16), dtype=torch.uint8)
+        kept = torch.empty(
+            _operators().kept_floats(rows_each, *logits.w_VD.shape, logits.h_ND.element_size())
+        )
         dh_ND, da_NR = _empty_if(needs.h, logits.h_ND), _empty_if(needs.low_rank, logits.a_NR)
         answers: list[Sums] = []
         parts: list[Tensor] = []
@@ -125,16 +125,15 @@ def _rows_to_keep(logits: Logits, needs: Needs) -> int:
     """How many rows' logits are kept at once; 0 where two passes are as fast.
 
     Where a bf16 head has a gradient, each block adds to it: with matrix units, making logits once more costs
-    less (decision 0020). Near a softcap 16 bits do not hold its slope.
+    less (decision 0020).
     """
-    n_rows, room, dtype = len(logits.h_ND), _KEPT_BYTES, logits.h_ND.dtype
-    if dtype == torch.bfloat16:
-        adds = needs.w or (needs.low_rank and logits.b_VR is not None)
-        if logits.rule.softcap or (adds and _has_matrix_units()):
+    n_rows, room = len(logits.h_ND), _KEPT_BYTES
+    if logits.h_ND.dtype == torch.bfloat16 and (needs.w or (needs.low_rank and logits.b_VR is not None)):
+        if _has_matrix_units():
             return 0
-        room = max(room, logits.w_VD.nbytes // 2) if adds else room
-    most = room // (dtype.itemsize * len(logits.w_VD)) // 32 * 32
-    if most < min(n_rows, _FEWEST_ROWS[dtype]):
+        room = max(room, logits.w_VD.nbytes // 2)
+    most = room // (4 * len(logits.w_VD)) // 32 * 32
+    if most < min(n_rows, _FEWEST_ROWS):
         return 0
     return math.ceil(n_rows / math.ceil(max(n_rows, 1) / most))
 

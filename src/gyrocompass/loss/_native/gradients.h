@@ -215,8 +215,6 @@ class GradientsPass {
       if (!logits_.keeps()) {
         logits_.finish(column, tile);
         logits_.apply_floor(column, token);
-      } else if constexpr (!kWide) {
-        logits_.recall(column, tile, token);
       }
       const int64_t* begin = picks.begin;
       while (picks.begin < picks.end && picks_.row(*picks.begin) < token + kLanes) ++picks.begin;

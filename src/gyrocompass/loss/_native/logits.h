@@ -145,14 +145,6 @@ struct Column {
   void set(int64_t k, Lanes z) const { _mm512_store_ps(data + k * stride, z); }
 };
 
-inline Lanes largest(const Column& column) {
-  Lanes top[4] = {all(-FLT_MAX), all(-FLT_MAX), all(-FLT_MAX), all(-FLT_MAX)};
-  for (int64_t k = 0; k < column.size; k += 4) {
-    for (int64_t i = 0; i < 4; ++i) top[i] = larger(top[i], column[k + i]);
-  }
-  return larger(larger(top[0], top[1]), larger(top[2], top[3]));
-}
-
 // Everything that [N, V] of logits are made of.
 template <typename T>
 class Logits {
@@ -164,17 +156,13 @@ class Logits {
     if (a) factors.emplace_back(*a, *b, cut);
     if (floor) floor_ = padded(*floor, cut, kMinusInfinity);
     if (kept) {
-      TORCH_CHECK(kept->numel() >= kept_bytes(cut), "too little room for the logits to be kept");
-      kept_ = kept->data_ptr<uint8_t>();
+      TORCH_CHECK(kept->numel() >= kept_floats(cut), "too little room for the logits to be kept");
+      kept_ = kept->data_ptr<float>();
     }
   }
 
-  // How much room logits need that are kept from one pass to the next: float32 ones as they are, of bf16 inputs their
-  // depth below the largest of their token in their tile, after those.
-  static int64_t kept_bytes(const Cut& cut) {
-    const int64_t largest = kWide ? 0 : cut.n_tiles * cut.padded_tokens() * sizeof(float);
-    return largest + cut.n_tiles * cut.tile_size * kept_stride(cut) * sizeof(Kept);
-  }
+  // How many floats logits need that are kept from one pass to the next.
+  static int64_t kept_floats(const Cut& cut) { return cut.n_tiles * cut.tile_size * kept_stride(cut); }
 
   // A number per token, with a value for those that fill the last block.
   static std::vector<float> padded(const Tensor& tensor, const Cut& cut, float fill) {
@@ -185,12 +173,11 @@ class Logits {
 
   bool keeps() const { return kept_ != nullptr; }
 
-  // Where a tile is made: where it is kept as it is, else in memory for one tile.
+  // Where a tile is: among the kept logits if there are any, else in memory for one tile.
   Place place(int64_t tile, int64_t block, float* one_tile) const {
-    if constexpr (kWide) {
-      if (keeps()) return {kept_row(tile, block * cut.block_size), kept_stride(cut)};
-    }
-    return {one_tile, round_up(cut.block_size, 2 * kLanes) + kLanes};
+    if (!keeps()) return {one_tile, round_up(cut.block_size, 2 * kLanes) + kLanes};
+    const int64_t stride = kept_stride(cut);
+    return {kept_ + tile * cut.tile_size * stride + block * cut.block_size, stride};
   }
   int64_t tile_floats() const { return cut.tile_size * (round_up(cut.block_size, 2 * kLanes) + kLanes); }
 
@@ -231,57 +218,17 @@ class Logits {
     }
   }
 
-  // Keep sixteen tokens of a tile: 1024ths below their largest logit, up to 64; what is not allowed is the last.
-  void keep(const Column& column, int64_t tile, int64_t token) const {
-    const Lanes top = largest(column);
-    _mm512_store_ps(kept_largest(tile, token), top);
-    Kept* out = kept_row(tile, token);
-    for (int64_t k = 0; k < column.size; ++k, out += kept_stride(cut)) {
-      const Lanes z = column[k];
-      const Lanes depth = smaller(all(kDeepest), (top - z) * all(kSteps));
-      const Words steps = _mm512_mask_mov_epi32(all_words(kNotAllowed), is_finite_logit(z), _mm512_cvtps_epu32(depth));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(steps));
-    }
-  }
-
-  // Logits that were kept, within 1/2048.
-  void recall(const Column& column, int64_t tile, int64_t token) const {
-    const Lanes top = _mm512_load_ps(kept_largest(tile, token));
-    const Kept* from = kept_row(tile, token);
-    for (int64_t k = 0; k < column.size; ++k, from += kept_stride(cut)) {
-      const Words steps = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
-      const Mask allowed = _mm512_cmpneq_epi32_mask(steps, all_words(kNotAllowed));
-      const Lanes z = fma(_mm512_cvtepi32_ps(steps), all(-1.0f / kSteps), top);
-      column.set(k, choose(allowed, z, all(kMinusInfinity)));
-    }
-  }
-
   Cut cut;
   Rule rule;
   std::vector<Factors<T>> factors;
 
  private:
-  static constexpr bool kWide = std::is_same_v<T, float>;
-  using Kept = std::conditional_t<kWide, float, uint16_t>;
-  static constexpr float kSteps = 1024.0f, kDeepest = 65534.0f;
-  static constexpr uint32_t kNotAllowed = 65535;
-
   // An odd number of cache lines, so that a column has its own place in the cache.
-  static int64_t kept_stride(const Cut& cut) {
-    constexpr int64_t line = 64 / sizeof(Kept);
-    return round_up(cut.padded_tokens(), 2 * line) + line;
-  }
-  float* kept_largest(int64_t tile, int64_t token) const {
-    return reinterpret_cast<float*>(kept_) + tile * cut.padded_tokens() + token;
-  }
-  Kept* kept_row(int64_t tile, int64_t token) const {
-    const int64_t largest = kWide ? 0 : cut.n_tiles * cut.padded_tokens() * sizeof(float);
-    return reinterpret_cast<Kept*>(kept_ + largest) + tile * cut.tile_size * kept_stride(cut) + token;
-  }
+  static int64_t kept_stride(const Cut& cut) { return cut.padded_tokens() + kLanes; }
 
   const float* bias_;
   std::vector<float> floor_;
-  uint8_t* kept_ = nullptr;
+  float* kept_ = nullptr;
 };
 
 }  // namespace gyrocompass

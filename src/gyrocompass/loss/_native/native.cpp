@@ -88,9 +88,8 @@ std::vector<Tensor> gradients(const Tensor& h, const Tensor& w, const MaybeTenso
   });
 }
 
-int64_t kept_bytes(int64_t tokens, int64_t vocabulary, int64_t width, bool bf16) {
-  if (bf16) return Logits<BFloat16>::kept_bytes(Cut(tokens, vocabulary, width * 2));
-  return Logits<float>::kept_bytes(Cut(tokens, vocabulary, width * 4));
+int64_t kept_floats(int64_t tokens, int64_t vocabulary, int64_t width, int64_t element_bytes) {
+  return Logits<float>::kept_floats(Cut(tokens, vocabulary, width * element_bytes));
 }
 
 // Whether a small product comes out right: brgemm is there, and takes these layouts on this processor.
@@ -112,7 +111,7 @@ bool works(bool bf16) { return bf16 ? multiplies<BFloat16>() : multiplies<float>
 TORCH_LIBRARY(gyrocompass_native, library) {
   library.def("sums", &sums);
   library.def("gradients", &gradients);
-  library.def("kept_bytes", &kept_bytes);
+  library.def("kept_floats", &kept_floats);
   library.def("works", &works);
 }
 

@@ -36,6 +36,14 @@ struct Tally {
   void set(Whole which, Words x) const { _mm512_storeu_si512(wholes + which * stride, x); }
 };
 
+inline Lanes largest(const Column& column) {
+  Lanes top[4] = {all(-FLT_MAX), all(-FLT_MAX), all(-FLT_MAX), all(-FLT_MAX)};
+  for (int64_t k = 0; k < column.size; k += 4) {
+    for (int64_t i = 0; i < 4; ++i) top[i] = larger(top[i], column[k + i]);
+  }
+  return larger(larger(top[0], top[1]), larger(top[2], top[3]));
+}
+
 // sum e^x, sum e^x x and sum e^2x with x = z - top. Of a NaN, `top` may know nothing, but its e^x does: no sum loses it.
 inline void add_exponentials(const Column& column, const Tally& tally) {
   const Lanes old_top = tally.get(kTop);
@@ -192,12 +200,6 @@ class SumsPass {
       }
       logits_.apply_floor(column, token);
       add_column(part, tile, token, column);
-    }
-    if constexpr (!std::is_same_v<T, float>) {
-      if (!logits_.keeps()) return;
-      for (int64_t lane = 0; lane < cut_.block_size; lane += kLanes) {
-        logits_.keep(logits_.column(z, tile, lane), tile, block * cut_.block_size + lane);
-      }
     }
   }
 
