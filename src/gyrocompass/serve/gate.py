@@ -87,7 +87,7 @@ class Gate:
         draw: random.Random | None = None,
     ) -> None:
         self.policy, self._lookers, self._calibrated, self._reviews = policy, lookers, calibrated, reviews
-        self._of_input, self._of_output = of_side(lookers, "input"), of_side(lookers, "output")
+        self._by_side = {side: of_side(lookers, side) for side in ("input", "output")}
         self._draw = draw or random.SystemRandom()
         self._id = policy.id
         self._early = _early_rules(policy)
@@ -97,7 +97,7 @@ class Gate:
     async def before(self, asked: Asked) -> Judgement | None:
         """See `Gatekeeper`."""
         try:
-            looked = await look(self._of_input, "input", asked.prompt)
+            looked = await self._look("input", asked.prompt)
             self._seen[asked.id] = looked
             if len(self._seen) > _MOST_SEEN:
                 self._seen.popitem(last=False)
@@ -128,7 +128,7 @@ class Gate:
         """What the scorers say of a text, by name; one that failed counts as 1."""
         found: dict[str, float] = {}
         for side in ("input", "output"):
-            looked = await look(of_side(self._lookers, side), side, text)
+            looked = await self._look(side, text)
             for flag, score in looked.flags.items():
                 name = flag.partition(".")[2]
                 found[name] = max(score, found.get(name, 0.0))
@@ -137,9 +137,12 @@ class Gate:
             }
         return found
 
+    async def _look(self, side: str, text: str) -> Looked:
+        return await look(self._by_side[side], side, text)
+
     async def _after(self, asked: Asked, answered: Answered, others: Sequence[str]) -> Judgement:
-        inputs = self._seen.get(asked.id) or await look(self._of_input, "input", asked.prompt)
-        outputs = await look(self._of_output, "output", answered.text)
+        inputs = self._seen.get(asked.id) or await self._look("input", asked.prompt)
+        outputs = await self._look("output", answered.text)
         looked = Looked({**inputs.flags, **outputs.flags}, (*inputs.failures, *outputs.failures))
         confidence, threshold = None, math.inf
         if self._calibrated is not None:

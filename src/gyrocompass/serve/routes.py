@@ -314,7 +314,7 @@ class Routes:
         written = sum(len(outcome.answered.tokens) for outcome in outcomes)
         reply = dict(outcomes[0].reply) if outcomes else {}
         told = {**reply, **head, "choices": choices, "usage": render.usage(prompt_tokens, written)}
-        return _Json(to_json(told, inf_nan_mode="null"))
+        return Response(to_json(told, inf_nan_mode="null"), media_type="application/json")
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -369,15 +369,6 @@ class Routes:
                 yield {**head, "choices": [], "usage": render.usage(*counted)}
 
         return events(lines(), source)
-
-
-class _Json(Response):
-    """JSON as bytes; its head says no more than that."""
-
-    def __init__(self, body: bytes) -> None:
-        self.status_code, self.body, self.background = 200, body, None
-        length = str(len(body)).encode()
-        self.raw_headers = [(b"content-length", length), (b"content-type", b"application/json")]
 
 
 def _unwritten(lane: Lane, job: Job) -> Outcome:

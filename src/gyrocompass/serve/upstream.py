@@ -208,11 +208,9 @@ class Upstream:
     ) -> dict[str, Any]:
         data = None if body is None else _as_json(body)
         try:
-            if deadline_s is None:
-                text = await self._read(method, path, data)
-            else:
-                async with asyncio.timeout(deadline_s):
-                    text = await self._read(method, path, data)
+            async with asyncio.timeout(deadline_s), self._connections.ask(method, path, data) as reply:
+                await _accept(reply)
+                text = await reply.read()
         except TimeoutError:
             raise Failure(504, "the upstream did not answer within the deadline") from None
         except NoAnswer as error:
@@ -224,11 +222,6 @@ class Upstream:
         if not isinstance(answer, dict):
             raise Failure(502, f"the upstream did not answer with an object: {_shown(text)}")
         return answer
-
-    async def _read(self, method: str, path: str, data: bytes | None) -> bytes:
-        async with self._connections.ask(method, path, data) as reply:
-            await _accept(reply)
-            return await reply.read()
 
 
 def _as_json(body: Mapping[str, Any]) -> bytes:

@@ -88,6 +88,9 @@ void release() {
   at::native::cpublas::brgemm_release(kGroup<T> == 2);
 }
 
+// The first n lanes, or all sixteen.
+inline Mask first_of(int64_t n) { return static_cast<Mask>((1u << std::min(kLanes, n)) - 1); }
+
 // Groups of `width / g` words become rows: left [rows, width] to B = left^T, [width / g, n, g] with n >= rows.
 template <typename T>
 void pack_transposed(const T* left, int64_t stride, int64_t rows, int64_t width, T* out, int64_t n) {
@@ -95,7 +98,7 @@ void pack_transposed(const T* left, int64_t stride, int64_t rows, int64_t width,
   auto* to = reinterpret_cast<uint32_t*>(out);
   for (int64_t row = 0; row < n; row += kLanes) {
     for (int64_t word = 0; word < words; word += kLanes) {
-      const auto inside = static_cast<Mask>((1u << std::min(kLanes, words - word)) - 1);
+      const Mask inside = first_of(words - word);
       Words block[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const auto* from = reinterpret_cast<const uint32_t*>(left + (row + i) * stride) + word;
@@ -133,7 +136,7 @@ inline void pack_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_
   for (int64_t row = 0; row < depth; row += 2) {
     fetch_rows(from, stride, row + kRowsAhead, std::min(row + kRowsAhead + 2, rows), n);
     for (int64_t column = 0; column < n; column += kLanes) {
-      const auto inside = static_cast<Mask>((1u << std::min(kLanes, n - column)) - 1);
+      const Mask inside = first_of(n - column);
       const auto load = [&](int64_t at) {
         const Mask there = at < rows ? inside : Mask{0};
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, words + at * stride + column));
@@ -156,12 +159,10 @@ inline void store(BFloat16* to, Lanes x, Mask first) { _mm256_mask_storeu_epi16(
 template <typename T>
 void store_row(const float* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; i += kLanes) {
-    const auto first = static_cast<Mask>((1u << std::min(kLanes, n - i)) - 1);
+    const Mask first = first_of(n - i);
     store(to + i, _mm512_maskz_loadu_ps(first, from + i), first);
   }
 }
-
-inline Mask first_of(int64_t n) { return static_cast<Mask>((1u << std::min(kLanes, n)) - 1); }
 
 // A row of n sums as whole numbers of 16 bits; what they are times. Not finite where one of the sums is not.
 inline float carry_row(const float* from, int64_t n, BFloat16* to) {
@@ -175,8 +176,9 @@ inline float carry_row(const float* from, int64_t n, BFloat16* to) {
   const Lanes inverse = all(most > 0 ? 32767.0f / most : 0.0f);
   auto* words = reinterpret_cast<uint16_t*>(to);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Words whole = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(first_of(n - i), from + i) * inverse);
-    _mm256_mask_storeu_epi16(words + i, first_of(n - i), _mm512_cvtepi32_epi16(whole));
+    const Mask first = first_of(n - i);
+    const Words whole = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(first, from + i) * inverse);
+    _mm256_mask_storeu_epi16(words + i, first, _mm512_cvtepi32_epi16(whole));
   }
   return unit;
 }
@@ -185,9 +187,9 @@ inline float carry_row(const float* from, int64_t n, BFloat16* to) {
 inline void add_row(const BFloat16* from, int64_t n, float unit, float* to) {
   const auto* words = reinterpret_cast<const uint16_t*>(from);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Words whole = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(first_of(n - i), words + i));
-    const Lanes sum = _mm512_maskz_loadu_ps(first_of(n - i), to + i);
-    _mm512_mask_storeu_ps(to + i, first_of(n - i), fma(_mm512_cvtepi32_ps(whole), all(unit), sum));
+    const Mask first = first_of(n - i);
+    const Words whole = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(first, words + i));
+    store(to + i, fma(_mm512_cvtepi32_ps(whole), all(unit), _mm512_maskz_loadu_ps(first, to + i)), first);
   }
 }
 
